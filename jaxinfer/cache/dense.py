@@ -1,0 +1,132 @@
+"""The dense cache and the ring cache: every key and value kept, or those of a sliding window.
+
+Exact. Keys are stored rotated, since neither cache moves a token; the dense cache has one slot for each position up
+to its capacity, the ring `window - 1` slots that a write counter fills in turn (the query's own token is in the
+Block, so no slot is spare and none is needed for drafts).
+
+Stability: experimental.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxinfer.cache.base import Block, SpecBase, View, kept, scatter_slots
+from jaxinfer.errors import ConfigError
+from jaxinfer.ops.attention import AttentionSpec, Part, Segment, attend, block_visibility
+
+
+@struct.dataclass
+class DenseState:
+    """`k` (rotated) and `v [B, G, C, d]`, `pos i32[B, 1, C]` (-1 empty), `t i32[B]`."""
+
+    k: jax.Array
+    v: jax.Array
+    pos: jax.Array
+    t: jax.Array
+
+
+def block_segment(spec: AttentionSpec, block: Block, positions: jax.Array, mask, table=None) -> Segment:
+    """The step's own tokens as a Segment: rotated at their positions, masked by `mask`."""
+    distance = positions[:, None, :, None] - block.positions[:, None, None, :]
+    visible = block_visibility(spec, positions, block.positions, mask)
+    k = spec.rotate(block.k, jnp.maximum(block.positions, 0))
+    return Segment(k, block.v, visible, spec.bias(distance, table))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(SpecBase):
+    """Every token, up to `capacity` positions; with `ring=True` the last `capacity` of them.
+
+    The host checks lengths against the capacity before work starts; inside a program a token beyond the capacity
+    of a dense cache is dropped.
+    """
+
+    attention: AttentionSpec
+    capacity: int
+    dtype: str = "float32"
+    ring: bool = False
+    supports: frozenset[str] = frozenset({"truncate"})
+
+    def __post_init__(self):
+        if self.capacity < 1:
+            raise ConfigError(f"a cache needs a capacity of at least 1, got {self.capacity}")
+        if self.ring and self.attention.window is None:
+            raise ConfigError("a ring cache needs a layer with a sliding window")
+        if self.ring and self.attention.window is not None and self.capacity < self.attention.window - 1:
+            raise ConfigError(f"a ring of {self.capacity} is too small for a window of {self.attention.window}")
+
+    def init(self, batch: int) -> DenseState:
+        """An empty State for `batch` rows."""
+        shape = (batch, self.attention.num_kv_heads, self.capacity, self.attention.head_dim)
+        return DenseState(
+            jnp.zeros(shape, self.dtype),
+            jnp.zeros(shape, self.dtype),
+            jnp.full((batch, 1, self.capacity), -1, jnp.int32),
+            jnp.zeros(batch, jnp.int32),
+        )
+
+    def attend(
+        self, state: DenseState, block: Block, q: jax.Array, positions: jax.Array, mask, table=None
+    ) -> tuple[Part, None]:
+        """Attention over State and Block in one softmax."""
+        spec = self.attention
+        distance, visible = self._sees(state, positions)
+        rotated = spec.rotate(q, jnp.maximum(positions, 0))
+        past = Segment(state.k, state.v, visible, spec.bias(distance, table))
+        return attend(spec, rotated, [past, block_segment(spec, block, positions, mask, table)]), None
+
+    def _sees(self, state: DenseState, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        distance = positions[:, None, :, None] - state.pos[:, :, None, :]
+        visible = (state.pos[:, :, None, :] >= 0) & (distance > 0) & self.attention.within_window(distance)
+        return distance, visible
+
+    def commit(self, state: DenseState, block: Block, path: jax.Array, n: jax.Array, notes=None) -> DenseState:
+        """Append the kept slots; of more than fit a ring only the last `capacity` are written."""
+        new = kept(state, block, path, n)
+        live = new.live
+        if self.ring:
+            live &= new.order >= (state.t + n)[:, None] - self.capacity
+            slots = new.order % self.capacity
+        else:
+            slots = new.order
+        slots = jnp.where(live, slots, self.capacity)
+        k = self.attention.rotate(new.k, jnp.maximum(new.positions, 0))
+        return DenseState(
+            scatter_slots(state.k, slots, k),
+            scatter_slots(state.v, slots, new.v),
+            scatter_slots(state.pos, slots, new.positions[:, None]),
+            state.t + n,
+        )
+
+    def truncate(self, state: DenseState, t: jax.Array) -> DenseState:
+        """Forget the tokens at positions `t i32[B]` and beyond; exact for a dense cache only."""
+        if self.ring:
+            raise ConfigError("a ring cache cannot be truncated: what it overwrote is gone")
+        return state.replace(pos=jnp.where(state.pos < t[:, None, None], state.pos, -1), t=jnp.minimum(state.t, t))
+
+    def dense_view(self, state: DenseState, positions: jax.Array) -> View:
+        """Keys rotated back to position 0, with the true distances."""
+        distance, visible = self._sees(state, positions)
+        k = self.attention.rotate(state.k.astype(jnp.float32), -jnp.maximum(state.pos[:, 0], 0))
+        scale = rotation_scale(self.attention)
+        return View(k / scale, state.v.astype(jnp.float32), distance, visible)
+
+
+def rotation_scale(spec: AttentionSpec) -> jax.Array:
+    """What rotating there and back multiplies each entry of a key by: f32[head_dim]."""
+    ones = jnp.ones((1, 1, 1, spec.head_dim), jnp.float32)
+    zero = jnp.zeros((1, 1), jnp.int32)
+    once = spec.rotate(ones, zero)
+    return spec.rotate(once, zero)[0, 0, 0] if spec.position is not None else ones[0, 0, 0]
+
+
+def ring(attention: AttentionSpec, *, dtype: str = "float32") -> Dense:
+    """A ring cache of the layer's own window: `window - 1` slots (at least one)."""
+    if attention.window is None:
+        raise ConfigError("a ring cache needs a layer with a sliding window")
+    return Dense(attention, max(attention.window - 1, 1), dtype, ring=True)
