@@ -1,0 +1,1 @@
+../../../jaxinfer/__init__.py
