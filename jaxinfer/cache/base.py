@@ -141,7 +141,9 @@ def commit(cache: Cache, blocks: tuple[Any, ...], path: jax.Array, n: jax.Array,
 
 def select(cache: Cache, rows: jax.Array) -> Cache:
     """The cache with row `rows[i]` in row i."""
-    return cache.replace(states=tuple(s.select(state, rows) for s, state in zip(cache.specs, cache.states, strict=True)))
+    return cache.replace(
+        states=tuple(s.select(state, rows) for s, state in zip(cache.specs, cache.states, strict=True))
+    )
 
 
 def place(cache: Cache, rows: jax.Array, other: Cache) -> Cache:
@@ -190,6 +192,4 @@ def kept(state: State, block: Block, path: jax.Array, n: jax.Array) -> Kept:
     index = jnp.arange(path.shape[1], dtype=jnp.int32)[None]
     live = index < n[:, None]
     order = state.t[:, None] + index
-    return Kept(
-        live, order, gather_path(block.positions, path), gather_path(block.k, path), gather_path(block.v, path)
-    )
+    return Kept(live, order, gather_path(block.positions, path), gather_path(block.k, path), gather_path(block.v, path))

@@ -5,6 +5,7 @@ Stability: experimental.
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Output
+from jaxinfer.models.families import FAMILIES, config_from_hf, config_to_hf
 from jaxinfer.models.step import AutoCache, Step
 
-__all__ = ["AutoCache", "ModelConfig", "Output", "Step"]
+__all__ = ["FAMILIES", "AutoCache", "ModelConfig", "Output", "Step", "config_from_hf", "config_to_hf"]

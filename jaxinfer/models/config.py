@@ -78,7 +78,13 @@ class ModelConfig:
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         window = self.windows[layer] if self.windows else None
         return AttentionSpec(
-            self.num_heads, self.num_kv_heads, self.head_dim, scale, self._position(layer), window, self.attention_softcap
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            scale,
+            self._position(layer),
+            window,
+            self.attention_softcap,
         )
 
     def _position(self, layer: int) -> Rope | Alibi | T5Bias | None:

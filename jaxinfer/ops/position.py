@@ -91,7 +91,7 @@ def frequencies(rope: Rope) -> tuple[np.ndarray, float]:
     exponent = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
     scale = 1.0
     if rope.scaling == "dynamic":
-        inverse = rope.theta ** -exponent
+        inverse = rope.theta**-exponent
         longest, original = rope.length, rope.original_length
         if longest > original:
             grown = rope.factor * longest / original - (rope.factor - 1)
