@@ -176,6 +176,14 @@ def scatter_slots(buffer: jax.Array, slots: jax.Array, values: jax.Array) -> jax
     )
 
 
+def scatter_columns(buffer: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:
+    """`scatter_slots` into a transposed buffer `[B, G, d, C]`; `values[B, G, K, d]`."""
+    values = jnp.swapaxes(values, 2, 3)
+    return jax.vmap(lambda row, slot, value: row.at[:, :, slot].set(value.astype(row.dtype), mode="drop"))(
+        buffer, slots, values
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """The kept slots of one commit, as seen by a State that is about to append them."""

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxinfer.cache.base import Block, SpecBase, View, kept, scatter_slots
+from jaxinfer.cache.base import Block, SpecBase, View, kept, scatter_columns, scatter_slots
 from jaxinfer.errors import ConfigError
 from jaxinfer.ops.attention import AttentionSpec, Part, Segment, attend, block_visibility
 
 
 @struct.dataclass
 class DenseState:
-    """`k` (rotated) and `v [B, G, C, d]`, `pos i32[B, 1, C]` (-1 empty), `t i32[B]`."""
+    """`k [B, G, d, C]` (rotated), `v [B, G, C, d]`, `pos i32[B, 1, C]` (-1 empty), `t i32[B]`."""
 
     k: jax.Array
     v: jax.Array
@@ -62,10 +62,10 @@ class Dense(SpecBase):
 
     def init(self, batch: int) -> DenseState:
         """An empty State for `batch` rows."""
-        shape = (batch, self.attention.num_kv_heads, self.capacity, self.attention.head_dim)
+        groups, dim = self.attention.num_kv_heads, self.attention.head_dim
         return DenseState(
-            jnp.zeros(shape, self.dtype),
-            jnp.zeros(shape, self.dtype),
+            jnp.zeros((batch, groups, dim, self.capacity), self.dtype),
+            jnp.zeros((batch, groups, self.capacity, dim), self.dtype),
             jnp.full((batch, 1, self.capacity), -1, jnp.int32),
             jnp.zeros(batch, jnp.int32),
         )
@@ -77,7 +77,7 @@ class Dense(SpecBase):
         spec = self.attention
         distance, visible = self._sees(state, positions)
         rotated = spec.rotate(q, jnp.maximum(positions, 0))
-        past = Segment(state.k, state.v, visible, spec.bias(distance, table))
+        past = Segment(state.k, state.v, visible, spec.bias(distance, table), transposed=True)
         return attend(spec, rotated, [past, block_segment(spec, block, positions, mask, table)]), None
 
     def _sees(self, state: DenseState, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +97,7 @@ class Dense(SpecBase):
         slots = jnp.where(live, slots, self.capacity)
         k = self.attention.rotate(new.k, jnp.maximum(new.positions, 0))
         return DenseState(
-            scatter_slots(state.k, slots, k),
+            scatter_columns(state.k, slots, k),
             scatter_slots(state.v, slots, new.v),
             scatter_slots(state.pos, slots, new.positions[:, None]),
             state.t + n,
@@ -112,7 +112,7 @@ class Dense(SpecBase):
     def dense_view(self, state: DenseState, positions: jax.Array) -> View:
         """Keys rotated back to position 0, with the true distances."""
         distance, visible = self._sees(state, positions)
-        k = self.attention.rotate(state.k.astype(jnp.float32), -jnp.maximum(state.pos[:, 0], 0))
+        k = self.attention.rotate(jnp.swapaxes(state.k, 2, 3).astype(jnp.float32), -jnp.maximum(state.pos[:, 0], 0))
         scale = rotation_scale(self.attention)
         return View(k / scale, state.v.astype(jnp.float32), distance, visible)
 
