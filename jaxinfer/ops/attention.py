@@ -117,7 +117,7 @@ def block_visibility(spec: AttentionSpec, q_positions: jax.Array, k_positions: j
 def attend(spec: AttentionSpec, q: jax.Array, segments: Sequence[Segment]) -> Part:
     """Softmax attention of `q[B, H, T, d]` over the union of the segments, in float32 accumulation."""
     scores = [_scores(spec, segment.q if segment.q is not None else q, segment) for segment in segments]
-    peak = functools.reduce(jnp.maximum, [score.max(-1) for score in scores])
+    peak = functools.reduce(jnp.maximum, [score.max(-1, initial=NEGATIVE) for score in scores])
     total, out = jnp.zeros_like(peak), 0.0
     for score, segment in zip(scores, segments, strict=True):
         weight = jnp.exp(score - peak[..., None])
