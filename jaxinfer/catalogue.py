@@ -50,20 +50,169 @@ class Method:
             raise InputError(f"method {self.name!r}: entry {self.entry!r} is not 'module:attribute'")
 
 
+_SPECULATIVE = Paper("Leviathan, Kalman, Matias", 2022, "2211.17192")
+
 METHODS: tuple[Method, ...] = (
+    # What proposes tokens.
+    Method(
+        name="plain",
+        family="drafter",
+        title="autoregression, one token a forward",
+        guarantee="exact",
+        entry="jaxinfer.decode.autoregressive:Autoregressive",
+    ),
+    Method(
+        name="draft",
+        family="drafter",
+        title="a small model proposes the next gamma tokens",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.draft_model:DraftModel",
+        paper=_SPECULATIVE,
+        cli="--drafter draft",
+    ),
+    # What decides which proposals stay.
+    Method(
+        name="greedy",
+        family="verifier",
+        title="keeps the drafts that the target would have chosen itself",
+        guarantee="exact",
+        entry="jaxinfer.decode.verify:Greedy",
+    ),
+    Method(
+        name="chain",
+        family="verifier",
+        title="speculative rejection sampling along a chain",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.verify:Chain",
+        paper=_SPECULATIVE,
+    ),
+    # How a token is chosen.
+    Method(
+        name="sampling",
+        family="sampling",
+        title="temperature, top-k, top-p, penalties, biases and bans, each a row's own",
+        guarantee="exact",
+        entry="jaxinfer.decode.sampling:Sampling",
+        paper=Paper("Holtzman, Buys, Du, Forbes, Choi", 2019, "1904.09751"),
+        cli="--temperature, --top-k, --top-p, ...",
+    ),
+    Method(
+        name="min-p",
+        family="sampling",
+        title="drops tokens below a share of the likeliest one's probability",
+        guarantee="exact",
+        entry="jaxinfer.decode.sampling:Sampling",
+        paper=Paper("Nguyen et al.", 2024, "2407.01082"),
+        cli="--min-p",
+    ),
+    # What a model remembers.
     Method(
         name="dense",
         family="cache",
         title="every key and value kept",
         guarantee="exact",
         entry="jaxinfer.cache.dense:Dense",
+        cli="--cache auto",
     ),
     Method(
         name="ring",
         family="cache",
         title="the keys and values of a sliding window",
         guarantee="exact",
-        entry="jaxinfer.cache.dense:Dense",
+        entry="jaxinfer.cache.dense:ring",
+        cli="--cache auto",
+    ),
+    Method(
+        name="sink",
+        family="cache",
+        title="attention sinks: the first tokens and a sliding window",
+        guarantee="approximate",
+        entry="jaxinfer.cache.sink:Sink",
+        paper=Paper("Xiao, Tian, Chen, Han, Lewis", 2023, "2309.17453"),
+        cli="--cache sink",
+    ),
+    Method(
+        name="int8-cache",
+        family="cache",
+        title="int8 keys per channel in groups of tokens, values per token, recent tokens in full",
+        guarantee="approximate",
+        entry="jaxinfer.cache.int8:Int8",
+        paper=Paper("Liu et al.", 2024, "2402.02750"),
+        cli="--cache int8",
+    ),
+    # What a weight is.
+    Method(
+        name="int8",
+        family="weights",
+        title="absmax int8 codes with a scale a channel or group",
+        guarantee="approximate",
+        entry="jaxinfer.quant.int8:Int8",
+        paper=Paper("Dettmers, Lewis, Belkada, Zettlemoyer", 2022, "2208.07339"),
+        cli="--weights int8",
+    ),
+    Method(
+        name="lora",
+        family="weights",
+        title="a frozen weight plus a product of two thin ones",
+        guarantee="a different model",
+        entry="jaxinfer.quant.lora:lora",
+        paper=Paper("Hu et al.", 2021, "2106.09685"),
+    ),
+    Method(
+        name="extended-rows",
+        family="weights",
+        title="new vocabulary rows beside an untouched embedding",
+        guarantee="exact",
+        entry="jaxinfer.quant.extended:ExtendedRows",
+    ),
+    # How a model knows where a token stands.
+    Method(
+        name="rope",
+        family="position",
+        title="rotary position embedding, with the linear, dynamic and llama3 scalings",
+        guarantee="exact",
+        entry="jaxinfer.ops.position:Rope",
+        paper=Paper("Su et al.", 2021, "2104.09864"),
+    ),
+    Method(
+        name="yarn",
+        family="position",
+        title="RoPE stretched by frequency bands: Rope(scaling='yarn')",
+        guarantee="a different model",
+        entry="jaxinfer.ops.position:Rope",
+        paper=Paper("Peng, Quesnelle, Fan, Shippole", 2023, "2309.00071"),
+    ),
+    Method(
+        name="longrope",
+        family="position",
+        title="RoPE stretched by searched factors: Rope(scaling='longrope')",
+        guarantee="a different model",
+        entry="jaxinfer.ops.position:Rope",
+        paper=Paper("Ding et al.", 2024, "2402.13753"),
+    ),
+    Method(
+        name="alibi",
+        family="position",
+        title="attention with linear biases",
+        guarantee="exact",
+        entry="jaxinfer.ops.position:Alibi",
+        paper=Paper("Press, Smith, Lewis", 2021, "2108.12409"),
+    ),
+    Method(
+        name="t5-bias",
+        family="position",
+        title="a learned bias for each bucket of relative positions",
+        guarantee="exact",
+        entry="jaxinfer.ops.position:T5Bias",
+        paper=Paper("Raffel et al.", 2019, "1910.10683"),
+    ),
+    Method(
+        name="sinusoidal",
+        family="position",
+        title="absolute positions as sines and cosines",
+        guarantee="exact",
+        entry="jaxinfer.ops.position:sinusoid",
+        paper=Paper("Vaswani et al.", 2017, "1706.03762"),
     ),
 )
 

@@ -41,7 +41,7 @@ ONLY = {"pallas_kernels": {"jax", "jaxlib", "numpy"}, "measure": {"jax", "numpy"
 METHOD_FOLDERS = ("cache", "quant", "decode", "diffusion", "flow")
 MACHINERY = {
     "cache": {"base"},
-    "decode": {"emit", "text", "types"},
+    "decode": {"config", "emit", "keys", "logprobs", "loop", "prefill", "text", "types"},
     "quant": {"apply", "serialize", "tree"},
 }
 LONGEST = 500
