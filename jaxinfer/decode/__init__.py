@@ -1,0 +1,44 @@
+"""Decoding: how a model's logits become tokens, one at a time or several a forward.
+
+Stability: experimental.
+"""
+
+from jaxinfer.decode.autoregressive import Autoregressive
+from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
+from jaxinfer.decode.config import Config
+from jaxinfer.decode.draft_model import DraftModel
+from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
+from jaxinfer.decode.sampling import Features, Sampling
+from jaxinfer.decode.stream import Update, stream
+from jaxinfer.decode.types import Proposal, Reason, Stats, Verdict
+from jaxinfer.decode.verify import Chain, Greedy
+
+__all__ = [
+    "Autoregressive",
+    "BeamConfig",
+    "BeamResult",
+    "Chain",
+    "Config",
+    "DraftModel",
+    "Features",
+    "Greedy",
+    "Proposal",
+    "Reason",
+    "Result",
+    "Sampling",
+    "State",
+    "Stats",
+    "Update",
+    "Verdict",
+    "advance",
+    "beam_search",
+    "begin",
+    "finish",
+    "generate",
+    "place",
+    "reorder",
+    "result",
+    "select",
+    "start",
+    "stream",
+]

@@ -1,0 +1,110 @@
+"""Verifiers: which drafts stay, and the token after them.
+
+Greedy keeps the drafts that the target would have chosen itself: its output equals plain greedy decoding, token for
+token. Chain is speculative rejection sampling: the output follows the target's law exactly, whatever the drafter.
+Leviathan et al. 2022 (arXiv:2211.17192), Chen et al. 2023 (arXiv:2302.01318). A draft of law q is kept where
+`u * q < p`, strictly and without a division, so that neither q = 0 nor u = p = 0 lets an impossible token through.
+
+Stability: experimental.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.decode import keys as key_streams
+from jaxinfer.decode.draw import draw, first_max
+from jaxinfer.decode.keys import Stream
+from jaxinfer.decode.types import Proposal, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """Walks from the root while a draft equals the argmax; chains and trees. Guarantee: equal to plain greedy."""
+
+    reads: str = "scores"
+
+    def verify(self, law: jax.Array, proposal: Proposal, key: jax.Array) -> Verdict:
+        """`law f32[B, R, V]`: scores. No randomness is read from `key[B]`."""
+        peak, best = first_max(law)
+        if proposal.tokens.shape[1] == 0:
+            zeros = jnp.zeros_like(best[:, 0])
+            return Verdict(zeros[:, None], zeros, best[:, 0], jnp.isfinite(peak[:, 0]))
+        if proposal.chain:
+            n = _leading(proposal.valid & (proposal.tokens == best[:, :-1]))
+            path, end = _chain_path(n, proposal.depth), n
+        else:
+            path, n, end = _walk(best, proposal)
+        at = end[:, None]
+        finite = jnp.isfinite(jnp.take_along_axis(peak, at, 1)[:, 0])
+        return Verdict(path, n, jnp.take_along_axis(best, at, 1)[:, 0], finite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Speculative rejection sampling along a chain. Guarantee: the target's law, exactly.
+
+    With `q_logp` None a draft counts as certain (one-hot q), which is exact for any draft that was chosen without
+    this step's ACCEPT, RESIDUAL and BONUS keys.
+    """
+
+    reads: str = "logprobs"
+
+    def verify(self, law: jax.Array, proposal: Proposal, key: jax.Array) -> Verdict:
+        """`law f32[B, R, V]`: the warped log-law of each slot's next token; `key[B]`: the step's keys."""
+        n_drafts = proposal.tokens.shape[1]
+        if n_drafts and not proposal.chain:
+            raise ValueError("the chain verifier was given a tree; it reads chains only")
+        n = jnp.zeros(law.shape[0], jnp.int32)
+        if n_drafts:
+            chosen = proposal.tokens[..., None]
+            p = jnp.exp(jnp.take_along_axis(law[:, :-1], chosen, 2)[..., 0])
+            q = 1.0 if proposal.q_logp is None else jnp.exp(jnp.take_along_axis(proposal.q_logp, chosen, 2)[..., 0])
+            u = key_streams.uniforms(key_streams.slots(key_streams.stream(key, Stream.ACCEPT), n_drafts))
+            n = _leading(proposal.valid & (u * q < p))
+        p_next = jnp.exp(jnp.take_along_axis(law, n[:, None, None], 1)[:, 0])
+        finite = jnp.isfinite(p_next).all(-1)
+        weights, which = p_next, jnp.int32(Stream.BONUS)
+        if n_drafts:
+            rejected = n < proposal.valid.sum(1)
+            residual = jnp.maximum(p_next - _q_at(proposal, n, law.shape[-1]), 0.0)
+            weights = jnp.where((rejected & (residual.sum(-1) > 0))[:, None], residual, p_next)
+            which = jnp.where(rejected, jnp.int32(Stream.RESIDUAL), which)
+        next_token = draw(weights, key_streams.slot(key_streams.stream(key, which), n))
+        return Verdict(_chain_path(n, n_drafts), n, next_token, finite)
+
+
+def _q_at(proposal: Proposal, n: jax.Array, vocab: int) -> jax.Array:
+    """The law f32[B, V] that draft `n i32[B]` came from (clamped to the last)."""
+    at = jnp.minimum(n, proposal.tokens.shape[1] - 1)[:, None]
+    if proposal.q_logp is None:
+        return (jnp.arange(vocab)[None] == jnp.take_along_axis(proposal.tokens, at, 1)).astype(jnp.float32)
+    return jnp.exp(jnp.take_along_axis(proposal.q_logp, at[..., None], 1)[:, 0])
+
+
+def _leading(hits: jax.Array) -> jax.Array:
+    """How many leading entries of `bool[B, N]` hold: i32[B]."""
+    return jnp.cumprod(hits.astype(jnp.int32), 1).sum(1)
+
+
+def _chain_path(n: jax.Array, depth: int) -> jax.Array:
+    index = jnp.arange(depth + 1, dtype=jnp.int32)[None]
+    return jnp.where(index <= n[:, None], index, -1)
+
+
+def _walk(best: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The path i32[B, D + 1] of drafts that equal their parent's `best i32[B, R]`, its length, and its last slot."""
+    at = jnp.zeros_like(best[:, 0])
+    usable = proposal.valid if proposal.probe is None else proposal.valid & ~proposal.probe
+    alive, n, path = jnp.ones(at.shape, bool), at, [at]
+    for _ in range(proposal.depth):
+        wanted = jnp.take_along_axis(best, at[:, None], 1)
+        hit = usable & (proposal.parent == at[:, None]) & (proposal.tokens == wanted)
+        alive &= hit.any(1)
+        at = jnp.where(alive, first_max(hit.astype(jnp.int32))[1] + 1, at)
+        n += alive
+        path.append(jnp.where(alive, at, -1))
+    return jnp.stack(path, 1), n, at
