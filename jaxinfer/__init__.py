@@ -17,11 +17,13 @@ _LAZY = {
     "InputError": "jaxinfer.errors",
     "JaxinferError": "jaxinfer.errors",
     "JobError": "jaxinfer.errors",
+    "load": "jaxinfer.decode.language_model",
 }
 
-__all__ = ["CheckpointError", "ConfigError", "InputError", "JaxinferError", "JobError", "__version__"]
+__all__ = ["CheckpointError", "ConfigError", "InputError", "JaxinferError", "JobError", "__version__", "load"]
 
 if TYPE_CHECKING:
+    from jaxinfer.decode.language_model import load
     from jaxinfer.errors import CheckpointError, ConfigError, InputError, JaxinferError, JobError
 else:
 

