@@ -253,12 +253,13 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, A
         "tie_word_embeddings": c.tie_embeddings,
         "bos_token_id": c.bos,
         "eos_token_id": c.eos[0] if len(c.eos) == 1 else list(c.eos) or None,
+        "pad_token_id": None,  # left out, Phi-3's class takes 32000 and refuses smaller vocabularies
     }
     hf |= _write_positions(c) | _write_windows(c) | FAMILIES[c.family].write(c)
     if c.family.startswith("gemma"):
         hf |= {
             "hidden_activation": c.activation,
-            "query_pre_attn_scalar": round((c.attention_scale or c.head_dim**-0.5) ** -2, 6),
+            "query_pre_attn_scalar": _whole((c.attention_scale or c.head_dim**-0.5) ** -2),
             "attn_logit_softcapping": c.attention_softcap,
             "final_logit_softcapping": c.final_softcap,
         }
@@ -268,6 +269,11 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, A
             hf |= {"num_experts": c.num_experts, "moe_intermediate_size": c.expert_size, "decoder_sparse_step": 1}
             hf |= {"mlp_only_layers": list(c.dense_layers), "norm_topk_prob": c.normalize_experts}
     return hf
+
+
+def _whole(x: float) -> int | float:
+    """`x` as transformers 5 wants it: an integer where it is one but for rounding."""
+    return round(x) if abs(x - round(x)) < 1e-6 * x else x
 
 
 def _write_positions(c: ModelConfig) -> dict[str, Any]:

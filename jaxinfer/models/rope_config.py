@@ -66,7 +66,10 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, layer_type: str = "full_a
         rotary_dim=int(head_dim * _number(partial, "partial_rotary_factor")),
         theta=float(_number(theta, "rope_theta")),
         scaling=kind,
-        original_length=int(_number(original, "original_max_position_embeddings")),
+        # Kept where it has a meaning, so that configs that rotate alike are equal.
+        original_length=0
+        if kind in ("default", "linear")
+        else int(_number(original, "original_max_position_embeddings")),
         **fields,
     )
 
