@@ -2,13 +2,14 @@
 
 `Markov`: logits depend on the position and the last token alone, so a law over sequences is a product of table rows and
 ten thousand rows decode in a second. `Attentive`: one hand-written attention layer over a real cache, so that a wrong
-position, a lost or a stale key changes its output. `drafts` and planted bugs live in the tests that use them.
+position, a lost or a stale key changes its output. `Scripted` drafts what it is told. Planted bugs live in the tests
+that use them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import re
 
 import jax
@@ -17,9 +18,14 @@ import numpy as np
 from flax import struct
 
 from jaxinfer import cache as kv
+from jaxinfer import decode
 from jaxinfer.cache.base import SpecBase
+from jaxinfer.decode.types import Proposal
 from jaxinfer.ops.attention import AttentionSpec
 from jaxinfer.ops.position import Rope
+
+# Compiling dominates these tests and the models are tiny: LLVM's optimisations are left out where speed is no claim.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @struct.dataclass
@@ -115,12 +121,101 @@ class Attentive:
         return weights
 
 
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """Drafts what its params say, `{"script": i32[B, T], "gamma": i32[B]}`, by position; the first gamma are valid.
+
+    An oracle where the script is the target's own output, an adversary where it is wrong everywhere.
+    """
+
+    width: int
+    taps: tuple = ()
+
+    @property
+    def depth(self):
+        return self.width
+
+    def init(self, params, target_params, seq, cache):
+        return ()
+
+    def prefill(self, params, state, chunk, output):
+        return state
+
+    def propose(self, params, state, seq, cache, key, *, target_params, warp):
+        at = seq.length[:, None] + jnp.arange(self.width)
+        tokens = jnp.take_along_axis(params["script"], at, 1, mode="clip")
+        return Proposal.of_chain(tokens, jnp.arange(self.width) < params["gamma"][:, None]), state
+
+    def observe(self, params, state, seq, proposal, scored, verdict, n, cache):
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Branching(Scripted):
+    """A tree of five drafts whose right path is slots 2 and 5; params `{"script": ...}` as for Scripted."""
+
+    width: int = 5
+    parent: tuple = (0, 0, 1, 1, 2)
+    depth: int = 2
+
+    def propose(self, params, state, seq, cache, key, *, target_params, warp):
+        at = seq.length[:, None] + jnp.arange(2)
+        one, two = jnp.moveaxis(jnp.take_along_axis(params["script"], at, 1, mode="clip"), 1, 0)
+        tokens = jnp.stack([one + 1, one, two, two + 1, two], 1) % 7
+        parent = jnp.broadcast_to(jnp.asarray(self.parent, jnp.int32), tokens.shape)
+        return Proposal(tokens, parent, jnp.ones(tokens.shape, bool), depth=2), state
+
+
+class Run:
+    """`decode.begin` and `decode.advance` of one step and config, each compiled once."""
+
+    def __init__(self, step, config, jit=quick_jit):
+        self.config = config
+        self.begin = jit(functools.partial(decode.begin, step, config=config))
+        self.advance = jit(functools.partial(decode.advance, step, config=config))
+
+    def start(self, params, tokens, lengths, **kwargs):
+        """The State after prefill; `key` 0 unless given."""
+        return self.begin(params, tokens, lengths, **{"key": jax.random.key(0), **kwargs})
+
+    def finish(self, params, state, draft_params=None):
+        """The Result once every row is done."""
+        return decode.result(self.advance(params, state, steps=1000, draft_params=draft_params), self.config)
+
+    def __call__(self, params, tokens, lengths, **kwargs):
+        state = self.start(params, tokens, lengths, **kwargs)
+        return self.finish(params, state, kwargs.get("draft_params"))
+
+
+def outputs(result):
+    """Each row's output tokens as a list."""
+    rows, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
+    return [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
+
+
 def prompts(seed, batch, width, vocab, *, lengths=None):
-    """Random right-padded prompts `(tokens, lengths)`; the padding is poisoned with a real token."""
+    """Random right-padded prompts `(tokens, lengths)`; the padding is random tokens too."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab, (batch, width)).astype(np.int32)
     lengths = rng.integers(1, width + 1, batch) if lengths is None else np.asarray(lengths)
     return jnp.asarray(tokens), jnp.asarray(lengths.astype(np.int32))
+
+
+def law_of(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The warped law f64[V] of one slot's `logits f[V]`, by sorting: the oracle of `sampling.Warp`'s second half."""
+    logits = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return np.eye(len(logits))[int(np.argmax(logits))]
+    p = np.exp((logits - logits.max()) / temperature)
+    if top_k:
+        p[p < np.sort(p)[::-1][min(top_k, len(p)) - 1]] = 0
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    above = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
+    if top_p < 1:
+        p[p < p[order][above < top_p].min()] = 0
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
 
 
 def sequence_law(rows, length):
@@ -154,25 +249,25 @@ def chi_square(samples, law):
     o = np.append(observed[big], observed[~big].sum())
     e = np.append(expected[big], expected[~big].sum())
     o, e = o[e > 0], e[e > 0]
-    freedom = len(e) - 1
+    freedom = max(len(e) - 1, 1)
     return float((((o - e) ** 2 / e).sum() - freedom) / np.sqrt(2 * freedom)), float(tv)
 
 
-def all_sequences(vocab, length):
-    return np.array(list(itertools.product(range(vocab), repeat=length)), np.int32)
-
-
 def cache_copies(compiled, cache):
-    """Copies of buffers as large as a cache leaf inside the compiled program's loop bodies: a list of HLO lines."""
-    shapes = {"f32[" + ",".join(map(str, leaf.shape)) + "]" for leaf in jax.tree.leaves(cache.states) if leaf.ndim == 4}
-    text = compiled.as_text()
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    found, current = [], None
-    for line in text.splitlines():
-        start = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line.strip())
-        if start:
-            current = start.group(1)
-        if " copy(" in line and any(shape in line for shape in shapes):
-            if current in bodies or "wrapped_copy" in line or "fusion" not in (current or ""):
-                found.append(f"{current}: {line.strip()}")
-    return found
+    """Lines of the compiled program that copy a buffer of the cache's shape inside a loop, or in what a loop calls."""
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(cache.states) if leaf.ndim >= 4}
+    lines, calls, current = {}, {}, None
+    for line in compiled.as_text().splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = head.group(1)
+        if current:
+            lines.setdefault(current, []).append(line.strip())
+            calls.setdefault(current, set()).update(re.findall(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)", line))
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", compiled.as_text()))
+    assert bodies, "the compiled text has no loop to look into"
+    reached = set()
+    while bodies:
+        reached |= bodies
+        bodies = {callee for name in bodies for callee in calls.get(name, ())} - reached
+    copy = re.compile(r"= \w+\[(" + "|".join(shapes) + r")\](?:\{[^}]*\})? copy\(")
+    return [line for name in sorted(reached) for line in lines.get(name, ()) if copy.search(line)]
