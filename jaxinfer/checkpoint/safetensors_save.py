@@ -86,7 +86,7 @@ def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, s
     with path.open("wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
         for e in ordered:
-            data = np.ascontiguousarray(e.data())
+            data = np.asarray(e.data(), order="C")
             if data.shape != e.shape or data.dtype != e.dtype:
                 raise InputError(f"tensor {e.name!r}: announced {e.shape} {e.dtype}, got {data.shape} {data.dtype}")
             f.write(data.reshape(-1).view(np.uint8).data)
