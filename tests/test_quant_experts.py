@@ -33,13 +33,12 @@ def logits(params, x):
     return STEP.head(params, STEP(params, x, positions)[0].hidden)
 
 
-@pytest.fixture(scope="module", params=["arrays", "int8", "lora over int8"])
+@pytest.fixture(scope="module", params=["arrays", "lora over int8"])
 def model(request):
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda w: np.float32(random.normal(0.1, 0.3, w.shape)), nn.unbox(STEP.abstract()))
     if request.param != "arrays":
         params = quant.apply(params, [(".*/mlp/.*", quant.Int8())])
-    if request.param == "lora over int8":
         params = jax.tree.map(jnp.asarray, quant.lora(params, [".*/mlp/(gate|down)"], 2, jax.random.key(0)))
     x = np.float32(random.normal(size=(ROWS, LENGTH, 32)))
     return params, x, np.asarray(logits(params, x))
