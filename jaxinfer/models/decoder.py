@@ -81,7 +81,7 @@ class Attention(Layer):
     layer: int = 0
 
     @nn.compact
-    def __call__(self, x, positions, spec, state, block: Block | None, at, mask, table):
+    def __call__(self, x, positions, spec, state, block, at, mask, table):
         c, attention = self.config, self.config.attention(self.layer)
         heads, groups, dim = c.num_heads, c.num_kv_heads, c.head_dim
         q = self._heads("q", x, heads, ("embed", "heads"))
@@ -175,9 +175,11 @@ class Decoder(Layer):
             table = ops.materialize(self.weight("position_table", (32, c.num_heads), (None, "heads")))
         if cache is not None and block is None:
             block = new_blocks(cache, inputs.shape[1])
+        nothing = (None,) * c.num_layers
+        specs, states, pending = (nothing,) * 3 if cache is None else (cache.specs, cache.states, block or nothing)
         blocks, notes, tapped = [], [], {}
         for i in range(c.num_layers):
-            spec, state, own = (None, None, None) if cache is None else (cache.specs[i], cache.states[i], block[i])
+            spec, state, own = specs[i], states[i], pending[i]
             layer = DecoderLayer(c, layer=i, name=f"layers_{i}")
             x, own, note = layer(x, positions, spec, state, own, at, mask, table)
             blocks.append(own)

@@ -323,10 +323,11 @@ def _read_own(hf: Hf) -> ModelConfig:
     if unknown:
         raise ConfigError(f"config.json of model_type 'jaxinfer' has unknown keys {sorted(unknown)}")
     try:
-        if "ropes" in fields:
-            fields["ropes"] = tuple(
-                r and Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in fields["ropes"]
-            )
-        return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields["ropes"] = tuple(rope and Rope(**_tuples(rope)) for rope in fields.get("ropes", ()))
+        return ModelConfig(**_tuples(fields))
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"config.json of model_type 'jaxinfer': {error}") from error
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

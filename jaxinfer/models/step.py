@@ -61,7 +61,10 @@ class Step:
         With one, the call's keys and values go to `block` (made here when None) from slot `at` on; nothing is
         committed. `mask`: None (causal), `ops.Bidirectional()`, `ops.Segments(ids)` or `bool[B, T, R]`.
         """
-        return Decoder(self.config).apply({"params": params}, inputs, positions, cache, block, at, mask, taps)
+        variables = {"params": params}
+        # Linen types `apply` as if every call could also return variables.
+        result: Any = Decoder(self.config).apply(variables, inputs, positions, cache, block, at, mask, taps)
+        return result
 
     def head(self, params, hidden: jax.Array) -> jax.Array:
         """Logits f32[..., V] of `hidden[..., D]`."""
