@@ -17,11 +17,17 @@ from jaxinfer.cache.base import (
     write_block,
 )
 from jaxinfer.cache.dense import Dense, ring
+from jaxinfer.cache.int8 import Int8, Int8Cache
+from jaxinfer.cache.sink import Sink, SinkCache
 
 __all__ = [
     "Block",
     "Cache",
     "Dense",
+    "Int8",
+    "Int8Cache",
+    "Sink",
+    "SinkCache",
     "Spec",
     "View",
     "commit",

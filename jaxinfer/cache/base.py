@@ -71,7 +71,11 @@ class SpecBase:
 
     attention: AttentionSpec
     dtype: str
-    supports: frozenset[str] = frozenset()
+
+    @property
+    def supports(self) -> frozenset[str]:
+        """Optional operations that this cache has: none, unless it says so."""
+        return frozenset()
 
     def init(self, batch: int) -> State:
         raise NotImplementedError(type(self).__name__)
@@ -88,6 +92,7 @@ class SpecBase:
 
     def place(self, state: State, rows: jax.Array, other: State) -> State:
         """State with row i of `other` written over row `rows[i]`; a row number out of range is dropped."""
+        rows = jnp.where(rows < 0, jnp.iinfo(jnp.int32).max, rows)  # an index of -1 would mean the last row
         return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), state, other)
 
     def footprint(self, batch: int) -> dict[str, int]:
@@ -136,13 +141,15 @@ def commit(cache: Cache, blocks: tuple[Any, ...], path: jax.Array, n: jax.Array,
     """Append slots `path[:, :n]` of every layer's Block. Row b keeps `n[b]` tokens; 0 leaves it as it is."""
     notes = (None,) * len(blocks) if notes is None else notes
     layers = zip(cache.specs, cache.states, blocks, notes, strict=True)
-    return cache.replace(states=tuple(spec.commit(state, block, path, n, note) for spec, state, block, note in layers))
+    return dataclasses.replace(
+        cache, states=tuple(spec.commit(state, block, path, n, note) for spec, state, block, note in layers)
+    )
 
 
 def select(cache: Cache, rows: jax.Array) -> Cache:
     """The cache with row `rows[i]` in row i."""
-    return cache.replace(
-        states=tuple(s.select(state, rows) for s, state in zip(cache.specs, cache.states, strict=True))
+    return dataclasses.replace(
+        cache, states=tuple(s.select(state, rows) for s, state in zip(cache.specs, cache.states, strict=True))
     )
 
 
@@ -151,7 +158,7 @@ def place(cache: Cache, rows: jax.Array, other: Cache) -> Cache:
     if cache.specs != other.specs:
         raise InputError("place: the two caches have different Specs")
     layers = zip(cache.specs, cache.states, other.states, strict=True)
-    return cache.replace(states=tuple(spec.place(state, rows, new) for spec, state, new in layers))
+    return dataclasses.replace(cache, states=tuple(spec.place(state, rows, new) for spec, state, new in layers))
 
 
 def footprint(cache: Cache) -> int:

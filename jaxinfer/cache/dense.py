@@ -50,7 +50,6 @@ class Dense(SpecBase):
     capacity: int
     dtype: str = "float32"
     ring: bool = False
-    supports: frozenset[str] = frozenset({"truncate"})
 
     def __post_init__(self):
         if self.capacity < 1:
@@ -59,6 +58,11 @@ class Dense(SpecBase):
             raise ConfigError("a ring cache needs a layer with a sliding window")
         if self.ring and self.attention.window is not None and self.capacity < self.attention.window - 1:
             raise ConfigError(f"a ring of {self.capacity} is too small for a window of {self.attention.window}")
+
+    @property
+    def supports(self) -> frozenset[str]:
+        """A ring has forgotten what a shorter row would need."""
+        return frozenset() if self.ring else frozenset({"truncate"})
 
     def init(self, batch: int) -> DenseState:
         """An empty State for `batch` rows."""
@@ -75,12 +79,13 @@ class Dense(SpecBase):
     ) -> tuple[Part, None]:
         """Attention over State and Block in one softmax."""
         spec = self.attention
-        distance, visible = self._sees(state, positions)
+        distance, visible = self.sees(state, positions)
         rotated = spec.rotate(q, jnp.maximum(positions, 0))
         past = Segment(state.k, state.v, visible, spec.bias(distance, table), transposed=True)
         return attend(spec, rotated, [past, block_segment(spec, block, positions, mask, table)]), None
 
-    def _sees(self, state: DenseState, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sees(self, state: DenseState, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Distances from queries at `positions i32[B, T]` to the slots, and which they see: `[B, 1, T, C]` both."""
         distance = positions[:, None, :, None] - state.pos[:, :, None, :]
         visible = (state.pos[:, :, None, :] >= 0) & (distance > 0) & self.attention.within_window(distance)
         return distance, visible
@@ -107,22 +112,22 @@ class Dense(SpecBase):
         """Forget the tokens at positions `t i32[B]` and beyond; exact for a dense cache only."""
         if self.ring:
             raise ConfigError("a ring cache cannot be truncated: what it overwrote is gone")
-        return state.replace(pos=jnp.where(state.pos < t[:, None, None], state.pos, -1), t=jnp.minimum(state.t, t))
+        return dataclasses.replace(
+            state, pos=jnp.where(state.pos < t[:, None, None], state.pos, -1), t=jnp.minimum(state.t, t)
+        )
 
     def dense_view(self, state: DenseState, positions: jax.Array) -> View:
         """Keys rotated back to position 0, with the true distances."""
-        distance, visible = self._sees(state, positions)
-        k = self.attention.rotate(jnp.swapaxes(state.k, 2, 3).astype(jnp.float32), -jnp.maximum(state.pos[:, 0], 0))
-        scale = rotation_scale(self.attention)
-        return View(k / scale, state.v.astype(jnp.float32), distance, visible)
+        distance, visible = self.sees(state, positions)
+        k = unrotate(self.attention, jnp.swapaxes(state.k, 2, 3).astype(jnp.float32), state.pos[:, 0])
+        return View(k, state.v.astype(jnp.float32), distance, visible)
 
 
-def rotation_scale(spec: AttentionSpec) -> jax.Array:
-    """What rotating there and back multiplies each entry of a key by: f32[head_dim]."""
-    ones = jnp.ones((1, 1, 1, spec.head_dim), jnp.float32)
-    zero = jnp.zeros((1, 1), jnp.int32)
-    once = spec.rotate(ones, zero)
-    return spec.rotate(once, zero)[0, 0, 0] if spec.position is not None else ones[0, 0, 0]
+def unrotate(spec: AttentionSpec, k: jax.Array, positions: jax.Array) -> jax.Array:
+    """Keys `[B, G, C, d]` as they were before `spec.rotate(k, positions i32[B, C])`, to rounding (for oracles)."""
+    ones, zero = jnp.ones((1, 1, 1, spec.head_dim), jnp.float32), jnp.zeros((1, 1), jnp.int32)
+    scale = spec.rotate(spec.rotate(ones, zero), zero)  # a scaling's attention factor, twice
+    return spec.rotate(k, -jnp.maximum(positions, 0)) / scale
 
 
 def ring(attention: AttentionSpec, *, dtype: str = "float32") -> Dense:
