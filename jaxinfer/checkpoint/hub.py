@@ -65,21 +65,21 @@ def _from_hub(repository: str, revision: str | None, download: bool) -> Path:
     pinned = f" --revision {revision}" if revision else ""
     fetch = f"hf download {repository}{pinned}"
     try:
-        import huggingface_hub as hub
+        from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise CheckpointError(
             f"{repository}: no such directory, and huggingface_hub is not installed, so the Hub cache cannot be read. "
             f"Run: pip install huggingface_hub && {fetch}"
         ) from None
     try:
-        found = hub.snapshot_download(
+        found = snapshot_download(
             repository, revision=revision, local_files_only=not download, allow_patterns=list(_WANTED)
         )
-    except hub.errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         reason = "the Hub cannot be reached" if download else "neither a directory here nor in the local Hub cache"
         hint = "Check the network or" if download else "Pass download=True or"
         raise CheckpointError(f"{repository}: {reason}. {hint} run: {fetch}") from None
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as e:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as e:
         line = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise CheckpointError(f"{repository}: the Hub says: {line}. A gated model needs: hf auth login") from None
     directory = Path(found)

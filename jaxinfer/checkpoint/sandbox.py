@@ -23,7 +23,7 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
-TURNS = 2_000_000  # loop turns and calls of one rendering
+TURNS = 500_000  # loop turns and calls of one rendering
 CHARACTERS = 50_000_000  # characters and list items built in one rendering
 SECONDS = 5.0
 _SIZE = 1_000_000  # the largest width, indent or count that a string may be given
@@ -152,7 +152,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         budget.turn()
         if isinstance(__obj, jinja2.runtime.LoopContext):  # loop(children) of a recursive loop
             args = tuple(_Counted(a, budget) for a in args)
-        owner = getattr(__obj, "__self__", None)
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps str.format
         if isinstance(owner, str):
             budget.sized("a text method", (*args, *kwargs.values()))
             budget.formatted(owner)

@@ -2,6 +2,8 @@
 
 Special tokens come from tokenizer_config.json (older directories: special_tokens_map.json); the ids that end a text
 from generation_config.json, else config.json, else the tokenizer's eos_token: the order of `transformers.generate`.
+Whether BOS is added is written in tokenizer.json itself (its post-processor); like transformers 5, we pay no attention
+to `add_bos_token` beside it.
 
 Stability: experimental.
 """
@@ -17,7 +19,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import tokenizers
-from tokenizers import processors
 
 from jaxinfer.checkpoint.safetensors_io import read_json
 from jaxinfer.errors import CheckpointError, InputError
@@ -43,9 +44,8 @@ class Tokenizer:
         """Read a directory's tokenizer. Raises CheckpointError naming the file that is missing or broken."""
         directory = Path(directory)
         backend = _backend(directory)
-        config = _optional(directory / "tokenizer_config.json")
-        special = _special_tokens(directory, config)
-        _set_post_processor(directory, backend, config, special)
+        special = _special_tokens(directory)
+        _register(backend, special)
         eos = _eos_ids(directory, backend, special)
         pad = backend.token_to_id(special["pad_token"]) if "pad_token" in special else None
         bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
@@ -133,7 +133,8 @@ def _optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(directory: Path) -> dict[str, str]:
+    config = _optional(directory / "tokenizer_config.json")
     merged = {**_optional(directory / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
     special = {}
     for name in _NAMED:
@@ -146,28 +147,11 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     return special
 
 
-def _set_post_processor(
-    directory: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """`add_bos_token` and `add_eos_token`, where written, overrule tokenizer.json, as transformers 5 has it."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    parts: list[str] = ["$A:0"]
-    used: list[tuple[str, int]] = []
-    for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        token = special.get(name)
-        if not config.get(flag) or token is None:
-            continue
-        token_id = backend.token_to_id(token)
-        if token_id is None:
-            file = directory / "tokenizer_config.json"
-            raise CheckpointError(f"{file}: {flag} is set and {name} {token!r} is not in tokenizer.json")
-        parts = [f"{token}:0", *parts] if name == "bos_token" else [*parts, f"{token}:0"]
-        used.append((token, token_id))
-    try:
-        backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=used)  # pyright: ignore[reportAttributeAccessIssue]
-    except BaseException as e:
-        _reraise(e, CheckpointError, f"{directory / 'tokenizer_config.json'}: special tokens {used}")
+def _register(backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
+    """A named special token is one everywhere: cut out of text before it is split, and left out of decoded text."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    named = [t for t in dict.fromkeys(special.values()) if t not in known and backend.token_to_id(t) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in named])
 
 
 def _eos_ids(directory: Path, backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:
