@@ -1,0 +1,199 @@
+"""The training loop: what a step does, and that a run resumes to the bit after a kill."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from jaxinfer.errors import CheckpointError, ConfigError, JobError
+from jaxinfer.train import loop, metrics
+
+
+@struct.dataclass
+class LowRank:
+    """A leaf that is no array, as adapters and quantized weights are."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+def objective(params, batch, key):
+    """A regression with noise from the key, weighted by the number of rows that count."""
+    x, y, weight = batch
+    hidden = jnp.tanh(x @ params["w"] + (x @ params["adapter"].a) @ params["adapter"].b)
+    hidden = jnp.where(jax.random.bernoulli(key, 0.9, hidden.shape), hidden, 0.0)
+    error = jnp.mean((hidden @ params["v"] - y) ** 2, axis=-1)
+    return jnp.sum(error * weight) / jnp.sum(weight), {"weight": jnp.sum(weight)}
+
+
+def data(step):
+    rng = np.random.default_rng((7, step))
+    rows = 8 if step < 6 else 4  # a new shape, as at the border of two stages
+    return tuple(rng.normal(size=(rows, n)).astype(np.float32) for n in (6, 2)) + (np.ones(rows, np.float32),)
+
+
+def recipe(**changes):
+    return loop.Recipe(
+        **{
+            "objective": objective,
+            "data": data,
+            "optimizer": optax.sgd(1e-2, momentum=0.9),
+            "schedule": lambda step: 1e-2,
+            "tokens": lambda batch: len(batch[0]),
+            "ema_decay": 0.9,
+            "identity": {"name": "toy"},
+            **changes,
+        }
+    )
+
+
+def fresh(which):
+    rng = np.random.default_rng(0)
+    w, v, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 5), (5, 2), (6, 2), (2, 5)))
+    return loop.init_state({"w": w, "v": v, "adapter": LowRank(a, b)}, which, jax.random.key(1))
+
+
+def digest(state):
+    state = state.replace(key=jax.random.key_data(state.key))
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
+
+
+CONFIG = loop.LoopConfig(steps=12, save_every=3, evaluate_every=5, curve=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    which = recipe()
+    return loop.train(which, fresh(which), CONFIG, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_step_counts_completed_updates_and_names_the_checkpoint(undisturbed, tmp_path):
+    assert int(undisturbed.step) == 12
+    which = recipe()
+    state = loop.train(which, fresh(which), loop.LoopConfig(steps=3, curve=False), tmp_path)
+    checkpoints = loop.Checkpoints(tmp_path / "checkpoints", identity=which.identity)
+    assert checkpoints.latest() == 3
+    assert digest(checkpoints.restore(fresh(which))) == digest(state)
+    by_hand = fresh(which)
+    for step in range(3):
+        by_hand, _ = jax.jit(loop.make_train_step(which))(by_hand, data(step))
+    assert digest(by_hand) == digest(state)
+
+
+def test_a_run_killed_with_sigkill_resumes_to_the_same_bits(undisturbed, tmp_path):
+    script = textwrap.dedent("""
+        import importlib.util, os, signal, sys
+        import jax
+        jax.config.update("jax_num_cpu_devices", 8)
+        jax.config.update("jax_default_matmul_precision", "highest")
+        spec = importlib.util.spec_from_file_location("toy", sys.argv[1])
+        toy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(toy)
+        def data(step):
+            if step == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return toy.data(step)
+        which = toy.recipe(data=data)
+        toy.loop.train(which, toy.fresh(which), toy.CONFIG, sys.argv[2])
+    """)
+    killed = subprocess.run([sys.executable, "-c", script, __file__, str(tmp_path)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    which = recipe()
+    assert loop.Checkpoints(tmp_path / "checkpoints").latest() == 6  # updates 7 and 8 are lost and made again
+    state = loop.train(which, fresh(which), CONFIG, tmp_path)
+    assert digest(state) == digest(undisturbed)
+    steps = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, 13))
+
+
+def test_the_digest_sees_data_that_is_no_function_of_the_step(undisturbed, tmp_path):
+    calls = iter(range(100))  # the planted bug: an iterator that starts again after the resume
+    which = recipe(data=lambda step: data(next(calls)))
+    loop.train(which, fresh(which), loop.LoopConfig(steps=6, curve=False), tmp_path)
+    calls = iter(range(100))
+    assert digest(loop.train(which, fresh(which), CONFIG, tmp_path)) != digest(undisturbed)
+
+
+def test_sigterm_saves_and_a_second_start_goes_on(undisturbed, tmp_path):
+    def interrupted(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return data(step)
+
+    which = recipe(data=interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop.Preempted, match="after step 5"):
+        loop.train(which, fresh(which), CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    which = recipe()
+    assert digest(loop.train(which, fresh(which), CONFIG, tmp_path)) == digest(undisturbed)
+    assert loop.EXIT_PREEMPTED == 75
+
+
+def test_accumulated_gradients_equal_the_whole_batch_also_with_uneven_weights():
+    x, y, _ = data(0)
+    weight = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+
+    def deterministic(params, batch, key):
+        x, y, weight = batch
+        error = jnp.mean((x @ params["w"] @ params["v"] - y) ** 2, axis=-1)
+        return jnp.sum(error * weight) / jnp.sum(weight), {"weight": jnp.sum(weight), "error": jnp.mean(error)}
+
+    whole, parts = recipe(objective=deterministic), recipe(objective=deterministic, accumulate=2)
+    one, told = jax.jit(loop.make_train_step(whole))(fresh(whole), (x, y, weight))
+    split = jax.tree.map(lambda a: a.reshape(2, 4, *a.shape[1:]), (x, y, weight))
+    two, told_too = jax.jit(loop.make_train_step(parts))(fresh(parts), split)
+    assert told["weight"] == told_too["weight"] == 5
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(told[name], told_too[name], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.params, two.params)
+
+
+def test_the_ema_is_the_running_mean_of_the_params():
+    which = recipe()
+    state, step = fresh(which), jax.jit(loop.make_train_step(which))
+    mean = np.asarray(state.params["w"])
+    for i in range(4):
+        state, _ = step(state, data(i))
+        decay = min(0.9, (1 + i) / (10 + i))
+        mean = decay * mean + (1 - decay) * np.asarray(state.params["w"])
+    np.testing.assert_allclose(state.ema["w"], mean, rtol=1e-5)
+
+
+def test_metrics_evaluation_and_curve_are_written(tmp_path):
+    seen = []
+    which = recipe(evaluate=lambda params: {"error": float(seen.append(params) or len(seen))})
+    config = loop.LoopConfig(steps=4, evaluate_every=2, log_every=2)
+    state = loop.train(which, fresh(which), config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 2, 4, 4]
+    assert rows[3]["evaluation"] == {"error": 2.0}
+    logged = rows[2]
+    assert logged["tokens"] == 16 and logged["total_tokens"] == 32 and logged["learning_rate"] == pytest.approx(1e-2)
+    assert {"loss", "grad_norm", "step_seconds", "data_wait_seconds", "tokens_per_second"} <= set(logged)
+    np.testing.assert_array_equal(seen[-1]["w"], state.ema["w"])  # the mean is what is evaluated
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_name_what_is_wrong(tmp_path):
+    which = recipe()
+    with pytest.raises(CheckpointError, match="no checkpoint below"):
+        loop.Checkpoints(tmp_path / "none").restore(fresh(which))
+    loop.train(which, fresh(which), loop.LoopConfig(steps=1, curve=False), tmp_path)
+    other = recipe(identity={"name": "other"})
+    with pytest.raises(ConfigError, match="name: saved 'toy', now 'other'"):
+        loop.train(other, fresh(other), CONFIG, tmp_path)
+    broken = recipe(objective=lambda params, batch, key: (jnp.nan * jnp.sum(params["w"]), {}))
+    with pytest.raises(JobError, match="the loss is nan at step 1"):
+        loop.train(broken, fresh(broken), CONFIG, tmp_path / "broken")

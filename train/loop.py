@@ -1,0 +1,254 @@
+"""The one training loop: a pure `train_step(state, batch)`, and around it checkpoints, evaluation and metrics.
+
+A recipe is an objective `(params, batch, key) -> (loss, metrics)`, data as a pure function of the step, and an Optax
+transformation. A run that is killed at any moment and started again ends in the same bits as an undisturbed run on the
+same machine, because everything that a step reads is in the checkpoint or a function of the step.
+
+Stability: experimental.
+"""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import struct
+
+from jaxinfer.errors import CheckpointError, ConfigError, JobError
+from jaxinfer.train import metrics as record
+
+Objective = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the scheduler may start the same command again
+
+
+class Preempted(JobError):
+    """The run saved its state after a SIGTERM and stopped; start the same command again to go on."""
+
+
+@struct.dataclass
+class TrainState:
+    """`step` i32 is the number of completed updates; `ema` is None or the running mean of the params."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is trained. Only `identity` is compared when a run resumes, so keep the lengths of a run out of it.
+
+    objective: `(params, batch, key) -> (loss, metrics)`; `metrics["weight"]`, when given, is the number of targets that
+      the mean `loss` is over: accumulation weighs microbatches by it.
+    data: completed steps -> batch, a pytree of host arrays; shapes may change from step to step (each compiles once).
+    evaluate: params -> {name: value}, on text that is held out.
+    tokens: batch -> how many tokens the metrics should count.
+    """
+
+    objective: Objective
+    data: Callable[[int], Any]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Any], Any] | None = None
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None
+    tokens: Callable[[Any], int] = lambda batch: 0
+    accumulate: int = 1
+    ema_decay: float | None = None
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long and how often. Steps count completed updates; None turns a thing off."""
+
+    steps: int
+    save_every: int | None = None
+    save_seconds: float | None = 300.0
+    keep: int = 2
+    evaluate_every: int | None = None
+    log_every: int = 1
+    curve: bool = True
+
+
+def init_state(params: Any, recipe: Recipe, key: jax.Array) -> TrainState:
+    """The state before the first update; `key` is folded with the step for each update."""
+    ema = jax.tree.map(jnp.array, params) if recipe.ema_decay is not None else None
+    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), ema, key)
+
+
+def make_train_step(recipe: Recipe) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure `train_step(state, batch) -> (state, metrics)` of a recipe, to be run under `jax.jit`.
+
+    With `accumulate` A > 1 each leaf of the batch leads with A, and gradients are summed over that axis in one scan.
+    """
+    value_and_grad = jax.value_and_grad(recipe.objective, has_aux=True)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        if recipe.accumulate == 1:
+            (loss, metrics), grads = value_and_grad(state.params, batch, key)
+        else:
+            loss, metrics, grads = _accumulate(value_and_grad, state.params, batch, key, recipe.accumulate)
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if recipe.ema_decay is not None:
+            # The usual start: a mean over the few updates so far until there are enough of them for the decay.
+            decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda mean, new: mean + (1 - decay).astype(mean.dtype) * (new - mean), ema, params)
+        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if recipe.schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(recipe.schedule(state.step))
+        return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+
+    return train_step
+
+
+def _accumulate(value_and_grad, params, batch, key, count):
+    """Weighted means of loss, metrics and gradients over the leading axis of the batch."""
+
+    def one(total, inputs):
+        index, part = inputs
+        (loss, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
+        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
+        scaled = jax.tree.map(lambda x: x * weight.astype(x.dtype), grads)
+        return (total[0] + weight, jax.tree.map(jnp.add, total[1], scaled)), (weight, loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start = (jnp.zeros((), jnp.float32), zeros)
+    (total, grads), (weights, losses, metrics) = jax.lax.scan(one, start, (jnp.arange(count), batch))
+    total = jnp.maximum(total, 1e-9)
+    mean = lambda x: jnp.tensordot(weights, x.astype(jnp.float32), 1) / total  # noqa: E731
+    means = {name: mean(value) for name, value in metrics.items()}
+    if "weight" in metrics:
+        means["weight"] = total
+    return mean(losses), means, jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
+
+
+class Checkpoints:
+    """Orbax checkpoints of a `TrainState` below a folder, each with the identity of the recipe that wrote it."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, identity: Mapping[str, Any] | None = None):
+        self.folder, self.identity = Path(folder).absolute(), dict(identity or {})
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None. What a kill cut off in the middle is not counted."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Saves under the number of completed updates; saving the same step again does nothing."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), recipe=ocp.args.JsonSave(self.identity))
+        self._manager.save(step, args=args)
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """The state at `step` (default: the newest) with the shapes, dtypes and shardings of `like`.
+
+        Raises `CheckpointError` where there is none, `ConfigError` where another recipe wrote it.
+        """
+        step = self.latest() if step is None else step
+        if step is None:
+            raise CheckpointError(f"no checkpoint below {self.folder}")
+        saved = self._manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))["recipe"]
+        differing = sorted(k for k in {*saved, *self.identity} if saved.get(k) != self.identity.get(k))
+        if differing:
+            told = ", ".join(f"{k}: saved {saved.get(k)!r}, now {self.identity.get(k)!r}" for k in differing)
+            raise ConfigError(f"the checkpoint below {self.folder} is of another run ({told}); choose another folder")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args)["state"]
+
+    def close(self) -> None:
+        """Waits for writes to end and releases Orbax's threads."""
+        self._manager.close()
+
+
+class _Terminate:
+    """While entered, SIGTERM sets `asked` instead of ending the process (only the main thread may do this)."""
+
+    def __enter__(self) -> "_Terminate":
+        self.asked = False
+        self._old: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        self.asked = True
+
+    def __exit__(self, *exc) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+
+def train(
+    recipe: Recipe, state: TrainState, config: LoopConfig, folder: str | Path, *, resume: bool = True
+) -> TrainState:
+    """Runs the recipe to `config.steps` completed updates and returns the final state.
+
+    Below `folder`: `checkpoints/`, `metrics.jsonl` (one object a logged step) and `curve.png`. With `resume` the newest
+    checkpoint replaces `state`, and metrics of updates that it does not hold are dropped, since they are made again.
+    Raises `Preempted` after a SIGTERM (state saved), `JobError` when the loss stops being finite (state not saved).
+    """
+    folder = Path(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep, identity=recipe.identity)
+    try:
+        if resume and checkpoints.latest() is not None:
+            state = checkpoints.restore(state)
+        with record.Metrics(folder / "metrics.jsonl", first_step=int(state.step), last_step=config.steps) as log:
+            state = _run(recipe, state, config, checkpoints, log)
+    finally:
+        checkpoints.close()
+    if config.curve:
+        record.draw_curve(folder / "metrics.jsonl", folder / "curve.png")
+    return state
+
+
+def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Checkpoints, log) -> TrainState:
+    train_step = jax.jit(make_train_step(recipe), donate_argnums=0)
+    saved_at, waited, tokens = time.monotonic(), 0.0, 0
+    started = time.perf_counter()
+    step = int(state.step)
+    with _Terminate() as terminate:
+        while step < config.steps:
+            fetch = time.perf_counter()
+            batch = recipe.data(step)
+            waited, tokens = waited + time.perf_counter() - fetch, tokens + recipe.tokens(batch)
+            state, metrics = train_step(state, batch)
+            step += 1
+            if step % config.log_every == 0 or step == config.steps:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the device
+                if not math.isfinite(values["loss"]):
+                    raise JobError(f"the loss is {values['loss']} at step {step}; the last checkpoint is before it")
+                log.step(step, values, tokens=tokens, seconds=time.perf_counter() - started, data_wait=waited)
+                waited, tokens, started = 0.0, 0, time.perf_counter()
+            last = step == config.steps
+            if recipe.evaluate is not None and config.evaluate_every and (last or step % config.evaluate_every == 0):
+                params = state.params if state.ema is None else state.ema
+                log.evaluation(step, recipe.evaluate(params))
+                started = time.perf_counter()
+            due = config.save_seconds is not None and time.monotonic() - saved_at >= config.save_seconds
+            due |= bool(config.save_every) and step % (config.save_every or 1) == 0
+            if due or last or terminate.asked:
+                checkpoints.save(state)
+                saved_at = time.monotonic()
+                started = time.perf_counter()
+            if terminate.asked and not last:
+                raise Preempted(f"stopped by SIGTERM after step {step}; start the same command again to go on")
+    return state
