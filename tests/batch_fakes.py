@@ -101,7 +101,7 @@ class FakeEngine:
         return Look(events, self.steps)
 
     def release(self, slot):
-        del self.rows[slot]
+        self.rows.pop(slot, None)
 
     def reset(self):
         self.rows = {}
@@ -145,7 +145,7 @@ def run(output, inputs, *, engine=None, shard_rows=8, **options):
     names = ("stop", "grace", "poll", "progress", "most_failures")
     mine = {name: options.pop(name) for name in names if name in options}
     job = open_job(output, inputs, shard_rows=shard_rows, **options)
-    runner = Runner(job, engine or FakeEngine(), Codec(), defaults=options.get("defaults"), **{"poll": 0.01, **mine})
+    runner = Runner(job, engine or FakeEngine(), Codec(), **{"poll": 0.01, **mine})
     outcome = runner.run()
     return outcome, output.read_bytes() if output.exists() else None
 

@@ -1,7 +1,6 @@
 """The job's folder: each row once, in order, whatever is killed and whoever works on it; no file of the user's lost."""
 
 import gzip
-import importlib.util
 import json
 import os
 import signal
@@ -15,11 +14,9 @@ import pytest
 from jaxinfer.batch import job as jobs
 from jaxinfer.batch.leases import Disk, Leases, Process, Scratch
 from jaxinfer.errors import InputError, JobError
+from tests import batch_fakes as fakes
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("batch_fakes", HERE / "batch_fakes.py")
-fakes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fakes)
 
 
 def write_rows(path, count=60, start=0):
@@ -256,6 +253,13 @@ def test_compressed_input_and_output_hold_the_same(rows, undisturbed, tmp_path):
     assert output == again
     assert gzip.decompress(output).replace(b"jsonl.gz:", b"jsonl:") == plain
     assert plain != undisturbed  # another seed, other samples
+
+
+def test_rows_are_checked_without_a_job(rows, undisturbed, tmp_path):
+    checked = list(jobs.check_rows([rows], defaults=jobs.SamplingParams(), codec=fakes.Codec(), limits=fakes.LIMITS))
+    answers = [json.loads(line) for line in undisturbed.splitlines()]
+    assert [getattr(row, "error", None) for _, row in checked] == [answer.get("error") for answer in answers]
+    assert [where for where, _ in checked] == [f"in.jsonl:{number}" for number in range(1, 61)]
 
 
 def leases(folder, seconds=10.0, process=None, clock=time.monotonic):

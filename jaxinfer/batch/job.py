@@ -32,7 +32,7 @@ from jaxinfer.batch import answers, files, manifest
 from jaxinfer.batch.leases import Disk, Lease, Leases, Process, Scratch
 from jaxinfer.batch.manifest import Manifest, Shard
 from jaxinfer.batch.params import SamplingParams
-from jaxinfer.batch.requests import Codec
+from jaxinfer.batch.requests import BadRow, Codec, Limits, Prepared, prepare_row
 from jaxinfer.errors import JobError
 
 LEASE_SECONDS = 300.0
@@ -73,6 +73,7 @@ class Job:
     output: Path
     inputs: Sequence[Path]
     manifest: Manifest
+    defaults: SamplingParams = SamplingParams()
     disk: Disk = field(default_factory=Disk)
     lease_seconds: float = LEASE_SECONDS
     longest: int = files.LONGEST_LINE
@@ -143,15 +144,7 @@ class Job:
 
     def rows(self, claim: Claim) -> list[Row]:
         """The shard's input rows. Raises JobError when the input is no longer what the job was planned from."""
-        shard = claim.shard
-        records = self._cursor.take(shard.file, shard.first, shard.offset, shard.rows)
-        if files.digest_records(records) != shard.digest:
-            raise JobError(
-                f"{self.inputs[shard.file]}: got other rows from row {shard.first} on than when the job began; "
-                "accepted: an input that stays as it is until the job is done"
-            )
-        repeats, name = dict(shard.repeated), self.manifest.inputs[shard.file].name
-        return [Row(f"{name}:{r.number}", r.data, r.problem, repeats.get(r.number)) for r in records]
+        return _rows(self.manifest, claim.shard, self._cursor)
 
     def touch(self) -> None:
         """Keeps this worker's leases alive; cheap, to be called whenever there was progress."""
@@ -330,13 +323,31 @@ def open_job(
         fresh = disk.link(temporary, path)
     plan = Manifest.from_json(path.read_bytes(), path)
     _check(plan, inputs, fingerprint, folder, digests=not fresh)
-    job = Job(output, inputs, plan, disk, lease_seconds, longest)
+    job = Job(output, inputs, plan, defaults, disk, lease_seconds, longest)
     if job.finished and not output.exists():
         raise JobError(
             f"output {output}: this job was finished and its output is gone; accepted: the file in its place, or "
             "--force-new, which begins a new job"
         )
     return job
+
+
+def check_rows(
+    inputs: Sequence[Path],
+    *,
+    defaults: SamplingParams,
+    codec: Codec,
+    limits: Limits,
+    longest: int = files.LONGEST_LINE,
+) -> Iterator[tuple[str, Prepared | BadRow]]:
+    """Every row's place and what a job would make of it, without a model and without writing anything."""
+    files.check_inputs(inputs)
+    plan = manifest.make(inputs, defaults=defaults, fingerprint={}, seed=0, settings=lambda survey: {}, longest=longest)
+    cursor = files.Cursor(inputs, longest=longest)
+    for shard in plan.shards:
+        for row in _rows(plan, shard, cursor):
+            options = {"defaults": defaults, "codec": codec, "limits": limits}
+            yield row.where, prepare_row(row.data, where=row.where, problem=row.problem, repeats=row.repeats, **options)
 
 
 def put_aside(path: Path) -> Path | None:
@@ -348,6 +359,17 @@ def put_aside(path: Path) -> Path | None:
         number += 1
     os.rename(path, aside)
     return aside
+
+
+def _rows(plan: Manifest, shard: Shard, cursor: files.Cursor) -> list[Row]:
+    records = cursor.take(shard.file, shard.first, shard.offset, shard.rows)
+    repeats, name = dict(shard.repeated), plan.inputs[shard.file].name
+    if files.digest_records(records) != shard.digest:
+        raise JobError(
+            f"input {name}: got other rows from row {shard.first} on than when the job began; accepted: an input that "
+            "stays as it is until the job is done"
+        )
+    return [Row(f"{name}:{r.number}", r.data, r.problem, repeats.get(r.number)) for r in records]
 
 
 def _check(

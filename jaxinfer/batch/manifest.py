@@ -7,6 +7,7 @@ shard's records are digested so that an input that changes under a running job i
 Stability: internal.
 """
 
+import dataclasses
 import hashlib
 import json
 import secrets
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxinfer.batch import files
 from jaxinfer.batch.params import SamplingParams
-from jaxinfer.batch.requests import Codec, Request, encode_prompt, identity, parse_row
+from jaxinfer.batch.requests import BadRow, Codec, Request, encode_prompt, identity, parse_row
 from jaxinfer.errors import InputError, JaxinferError, JobError
 
 FORMAT = 1
@@ -56,7 +57,8 @@ class Survey:
     """What the rows ask for: the engine's shapes follow from it. Lengths are 0 when nothing counted the tokens."""
 
     rows: int = 0
-    unreadable: int = 0
+    bad: int = 0  # rows that cannot be served
+    sequences: int = 0  # the others' samples
     prompt_tokens: int = 0  # of the longest prompt
     length: int = 0  # of the longest prompt and its answer together
     max_tokens: int = 0
@@ -70,7 +72,8 @@ class Survey:
         p = row.params
         return Survey(
             rows=self.rows + 1,
-            unreadable=self.unreadable,
+            bad=self.bad,
+            sequences=self.sequences + p.n,
             prompt_tokens=max(self.prompt_tokens, prompt_tokens),
             length=max(self.length, prompt_tokens + p.max_tokens if prompt_tokens else 0),
             max_tokens=max(self.max_tokens, p.max_tokens),
@@ -203,13 +206,13 @@ def _shard(index: int, file: int, records: Sequence[files.Record]) -> Shard:
     return Shard(index, file, records[0].number, records[0].start, len(records), files.digest_records(records))
 
 
-def _surveyed(survey: Survey, row: Any, codec: Codec | None) -> Survey:
+def _surveyed(survey: Survey, row: Request | BadRow, codec: Codec | None) -> Survey:
     if isinstance(row, Request):
         try:
             return survey.add(row, len(encode_prompt(row, codec)) if codec is not None else 0)
         except JaxinferError:
             pass
-    return Survey(**{**vars(survey), "rows": survey.rows + 1, "unreadable": survey.unreadable + 1})
+    return dataclasses.replace(survey, rows=survey.rows + 1, bad=survey.bad + 1)
 
 
 def _with_repeats(
@@ -232,5 +235,5 @@ def _with_repeats(
     for shard, start in zip(shards, starts, strict=False):
         rows = range(int(start), int(start) + shard.rows)
         repeated = tuple((numbers[row], where(first[row])) for row in rows if row in first) if first else ()
-        out.append(Shard(**{**vars(shard), "repeated": repeated}))
+        out.append(dataclasses.replace(shard, repeated=repeated))
     return tuple(out)

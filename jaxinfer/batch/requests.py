@@ -123,6 +123,24 @@ def parse_row(data: bytes, *, where: str, defaults: SamplingParams, problem: str
         return BadRow(row_id, str(error), form)
 
 
+def prepare_row(
+    data: bytes,
+    *,
+    where: str,
+    defaults: SamplingParams,
+    codec: Codec,
+    limits: Limits,
+    problem: str | None = None,
+    repeats: str | None = None,
+) -> Prepared | BadRow:
+    """`parse_row` and `prepare` in one. `repeats`: the place of an earlier row with the same id."""
+    row = parse_row(data, where=where, defaults=defaults, problem=problem)
+    if repeats is not None:
+        name = "id" if row.form == "row" else "custom_id"
+        return BadRow(row.id, f"{name}: got {show(row.id)}, which {repeats} has; accepted: new ids", row.form)
+    return row if isinstance(row, BadRow) else prepare(row, codec, limits)
+
+
 def prepare(request: Request, codec: Codec, limits: Limits) -> Prepared | BadRow:
     """The request's token ids and lists, checked against the model's vocabulary and the executable's room."""
     try:

@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 from jaxinfer.batch.answers import Sample, TopTokens, answer_line, error_line
 from jaxinfer.batch.job import Claim, Job, Row, Totals
-from jaxinfer.batch.params import SamplingParams, show
-from jaxinfer.batch.requests import BadRow, Codec, Limits, Prepared, identity, parse_row, prepare
+from jaxinfer.batch.requests import BadRow, Codec, Limits, Prepared, identity, prepare_row
 from jaxinfer.decode.text import Detokenizer, StopMatcher
 from jaxinfer.errors import JobError
 
@@ -79,7 +78,7 @@ class Engine(Protocol):
         ...
 
     def release(self, slot: int) -> None:
-        """Frees a slot whose sequence the host has ended."""
+        """Frees a slot whose sequence the host has ended; does nothing to a free one."""
         ...
 
     def reset(self) -> None:
@@ -178,7 +177,6 @@ class Runner:
         engine: Engine,
         codec: Codec,
         *,
-        defaults: SamplingParams | None = None,
         progress: Callable[[Progress], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
         grace: float = 10.0,
@@ -186,7 +184,6 @@ class Runner:
         most_failures: int = 8,
     ) -> None:
         self._job, self._engine, self._codec = job, engine, codec
-        self._defaults = defaults or SamplingParams()
         self._progress, self._stop, self._grace, self._poll = progress, stop, grace, poll
         self._most_failures = most_failures
         self._queue: deque[_Sequence] = deque()
@@ -196,7 +193,7 @@ class Runner:
         self._open = 0  # shards in work
         self._next_claim = self._next_count = 0.0
         self._rows_done = 0
-        self._failures = 0
+        self._accused: list[tuple[_Row, str]] = []  # failed alone; an error once the engine is seen to work again
         self._answered = False
         self._begun = time.monotonic()
         self._counts = {"rows": 0, "errors": 0, "prompt_tokens": 0, "completion_tokens": 0, "steps": 0}
@@ -218,6 +215,8 @@ class Runner:
                     self._claim()
                 if self._slots or self._queue or self._suspects:
                     self._turn()
+                elif self._accused:
+                    self._judge()
                 elif self._job.all_committed:
                     break
                 else:
@@ -260,12 +259,15 @@ class Runner:
                 self._enqueue(row, shard, index)
 
     def _enqueue(self, source: Row, shard: _Shard, index: int) -> None:
-        row = parse_row(source.data, where=source.where, defaults=self._defaults, problem=source.problem)
-        if source.repeats is not None:
-            name = "custom_id" if row.form != "row" else "id"
-            row = BadRow(row.id, f"{name}: got {show(row.id)}, which {source.repeats} has; accepted: new ids", row.form)
-        if not isinstance(row, BadRow):
-            row = prepare(row, self._codec, self._engine.limits)
+        row = prepare_row(
+            source.data,
+            where=source.where,
+            defaults=self._job.defaults,
+            codec=self._codec,
+            limits=self._engine.limits,
+            problem=source.problem,
+            repeats=source.repeats,
+        )
         if isinstance(row, BadRow):
             self._finish_line(shard, index, error_line(row), failed=True)
             return
@@ -320,24 +322,31 @@ class Runner:
         sequences, self._slots = list(self._slots.values()), {}
         if self._alone:
             self._alone = False
-            self._failures += 1
-            if self._failures >= (self._most_failures if self._answered else min(3, self._most_failures)):
-                raise JobError(f"the engine failed on {self._failures} rows one after another; the last: {message}")
-            self._fail(sequences[0].row, message)
+            self._accused.append((sequences[0].row, message))
+            self._drop(sequences[0].row)
+            failures = len(self._accused)
+            if failures >= (self._most_failures if self._answered else min(3, self._most_failures)):
+                raise JobError(f"the engine failed on {failures} rows one after another; the last: {message}")
             self._queue.extendleft(self._suspects)
             self._suspects = []
         else:
             self._suspects += [sequence.restarted() for sequence in sequences if not sequence.row.failed]
 
-    def _fail(self, row: _Row, message: str) -> None:
-        """Gives the row its error, once, and drops its other samples."""
-        if row.failed:
-            return
+    def _drop(self, row: _Row) -> None:
+        """Forgets the row's sequences."""
         row.failed = True
         self._queue = deque(s for s in self._queue if s.row is not row)
         self._suspects = [s for s in self._suspects if s.row is not row]
         for slot in [slot for slot, s in self._slots.items() if s.row is row]:
             self._release(slot)
+
+    def _judge(self) -> None:
+        """Gives accused rows their errors: the engine has worked since, or there is nothing left to try it on."""
+        accused, self._accused = self._accused, []
+        for row, message in accused:
+            self._fail(row, message)
+
+    def _fail(self, row: _Row, message: str) -> None:
         request = row.prepared.request
         self._finish_line(row.shard, row.index, error_line(BadRow(request.id, message, request.form)), failed=True)
 
@@ -352,6 +361,7 @@ class Runner:
             return
         if event.finished == "error":
             del self._slots[event.slot]
+            self._drop(sequence.row)
             self._fail(sequence.row, f"engine: {event.error}")
             return
         for index, token in enumerate(event.tokens):
@@ -392,7 +402,8 @@ class Runner:
 
     def _finish(self, sequence: _Sequence, reason: str, text: str) -> None:
         row, params = sequence.row, sequence.row.prepared.request.params
-        self._answered, self._failures = True, 0
+        self._answered = True
+        self._judge()
         logprobs = tuple(sequence.logprobs) if params.logprobs is not None else None
         top = tuple(entry[: params.logprobs] for entry in sequence.top) if params.logprobs else None
         row.samples[sequence.sample] = Sample(text, reason, tuple(sequence.tokens), logprobs, top)
