@@ -1,0 +1,82 @@
+"""`jaxinfer generate`: one prompt to stdout, or files of prompts to files of answers.
+
+Stability: experimental.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxinfer.batch.params import SamplingParams
+from jaxinfer.cli import options
+from jaxinfer.cli.sampling import with_sampling
+from jaxinfer.errors import InputError
+
+Prompt = Annotated[str | None, typer.Option(help="Continue this text on stdout; - reads it from stdin.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Where the answers go, a JSON line for each row, in the rows' order."),
+]
+Drafter = Annotated[str | None, typer.Option(help="Propose several tokens a forward: plain, draft[:gamma=4].")]
+BatchSize = Annotated[str, typer.Option(help="Rows in work at a time: a number, or auto, which is what memory allows.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of the run: a row's draws follow from it and the row's id.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check every row and stop before any weight is loaded.")]
+ForceNew = Annotated[bool, typer.Option("--force-new", help="Put a job of this output aside and begin a new one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="With --prompt: the answer as one JSON line.")]
+
+
+@with_sampling
+def generate(
+    prompt: Prompt = None,
+    input: options.InputFiles = None,
+    output: Output = None,
+    model: options.Model = "tinycode",
+    draft_model: options.DraftModel = None,
+    drafter: Drafter = None,
+    weights: options.Weights = "auto",
+    cache: options.CacheKind = "auto",
+    batch_size: BatchSize = "auto",
+    max_length: options.MaxLength = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    force_new: ForceNew = False,
+    as_json: AsJson = False,
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008 - immutable
+) -> None:
+    """Continue prompts with a language model.
+
+    \b
+    One prompt, its answer on stdout:
+      jaxinfer generate --prompt "def quicksort(xs):" --max-tokens 64
+    A batch job. Rows are {"id": ..., "prompt": ...} with any parameter below, or OpenAI
+    batch rows. The same command again goes on where a killed one stopped; several
+    at once, on one machine or many, share the work:
+      jaxinfer generate --model DIR --input in.jsonl --output out.jsonl --max-tokens 256
+    """
+    if (prompt is None) == (not input):
+        raise InputError("generate: accepted: either --prompt or --input")
+    draft_model = options.draft_for(model, draft_model, drafter)
+    drafter = drafter or ("plain" if draft_model is None else "draft")
+    options.DRAFTERS.parse(drafter, step=None)  # told before anything is loaded
+    if prompt is not None:
+        from jaxinfer.cli import one
+
+        if output is not None or dry_run or force_new:
+            raise InputError(
+                "generate: got a job's option with --prompt; accepted: --output, --dry-run and --force-new with --input"
+            )
+        text = sys.stdin.read() if prompt == "-" else prompt
+        lm = one.prepare(model, draft_model, options.format_of(weights, cache), max_length)
+        one.answer(lm, text, sampling, seed=seed or 0, drafter=options.drafter_of(drafter, lm), as_json=as_json)
+        return
+    from jaxinfer.cli import job
+
+    asked = job.Asked(
+        inputs=input or [], output=output, model=model, draft_model=draft_model, drafter=drafter, weights=weights,
+        cache=cache, batch_size=batch_size, max_length=max_length, seed=seed, force_new=force_new, sampling=sampling,
+    )  # fmt: skip
+    raise typer.Exit(job.dry_run(asked) if dry_run else job.run(asked))

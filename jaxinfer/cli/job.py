@@ -1,0 +1,210 @@
+"""`jaxinfer generate --input --output`: a batch job from files to a file, resumed and shared.
+
+Stability: internal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxinfer.batch.params import SamplingParams
+from jaxinfer.cli import codes, compiled, identity, memory, options
+from jaxinfer.cli.machine import available_memory
+from jaxinfer.cli.output import note, size
+from jaxinfer.errors import InputError, JobError
+
+if TYPE_CHECKING:
+    from jaxinfer.batch.engine import Settings
+    from jaxinfer.batch.manifest import Survey
+    from jaxinfer.decode.language_model import TextCodec
+    from jaxinfer.models import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the command line asks of a job."""
+
+    inputs: Sequence[Path]
+    output: Path | None
+    model: str
+    draft_model: str | None
+    drafter: str
+    weights: str
+    cache: str
+    batch_size: str
+    max_length: int | None
+    seed: int | None
+    force_new: bool
+    sampling: SamplingParams
+
+    @property
+    def slots(self) -> int | None:
+        """Rows in work at a time; None for `auto`."""
+        if self.batch_size == "auto":
+            return None
+        if not (self.batch_size.isascii() and self.batch_size.isdigit() and 0 < int(self.batch_size) < 2**20):
+            raise InputError(f"--batch-size: got {self.batch_size!r}; accepted: auto or a number from 1 on")
+        return int(self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The model as far as its config and tokenizer tell: enough to check rows and to count bytes."""
+
+    directory: Path
+    step: Step
+    codec: TextCodec
+    params: Any
+    draft_directory: Path | None
+    draft_step: Step | None
+
+    def need(self, settings: Settings, slots: int) -> memory.Need:
+        """Bytes of weights, caches and work, the draft model's too."""
+        lengths = {"batch": settings.slots, "max_length": settings.capacity, "chunk": settings.prefill_chunk}
+        found = memory.need(self.step, self.params, slots=slots, **lengths)
+        if self.draft_step is not None:
+            found += memory.need(self.draft_step, memory.abstract_params(self.draft_step), **lengths)
+        return found
+
+
+def plan_of(asked: Asked) -> Plan:
+    """Reads configs and the tokenizer; loads no weights."""
+    from jaxinfer.checkpoint import hub
+    from jaxinfer.checkpoint.chat import ChatTemplate
+    from jaxinfer.checkpoint.tokenizer import Tokenizer
+    from jaxinfer.decode.language_model import TextCodec
+
+    chosen = options.format_of(asked.weights, asked.cache)
+    directory = hub.resolve(asked.model)
+    step = options.step_of(directory, chosen, asked.max_length)
+    tokenizer = Tokenizer.load(directory)
+    template = ChatTemplate.load(directory, special_tokens=tokenizer.special_tokens)
+    draft_directory = draft_step = None
+    if asked.draft_model is not None:
+        draft_directory = hub.resolve(asked.draft_model)
+        draft_step = options.step_of(draft_directory, options.format_of("auto", "auto"), step.config.max_length)
+    codec = TextCodec(tokenizer, template, step.vocab_size)
+    params = memory.abstract_params(step, chosen.rules)
+    return Plan(directory, step, codec, params, draft_directory, draft_step)
+
+
+def dry_run(asked: Asked) -> int:
+    """Checks every row as the job would and says what is wrong with it; the exit code."""
+    from jaxinfer.batch.job import check_rows
+    from jaxinfer.batch.requests import BadRow, Limits
+
+    plan = plan_of(asked)
+    limits = Limits(plan.step.config.max_length, bias=4096, forced=1024, stop_ids=128, top_logprobs=20)
+    rows = bad = 0
+    for where, row in check_rows(asked.inputs, defaults=asked.sampling, codec=plan.codec, limits=limits):
+        rows += 1
+        if isinstance(row, BadRow):
+            bad += 1
+            print(f"{where}: {row.error}")
+    note(f"{rows} rows, {bad} of them cannot be answered; no weight was loaded")
+    return codes.ROWS_FAILED if bad else codes.OK
+
+
+def run(asked: Asked) -> int:
+    """Works on the job until it is done or stopped; the exit code."""
+    from jaxinfer.batch.engine import DecodeEngine, Settings
+    from jaxinfer.batch.job import open_job
+    from jaxinfer.batch.runner import Runner, stop_on
+    from jaxinfer.decode.config import Config
+
+    if asked.output is None:
+        raise InputError("generate: got --input without --output; accepted: both (or --dry-run)")
+    plan = plan_of(asked)
+    compiled.use_cache()
+    compiled.announce()
+    width = options.drafter_step(asked.drafter, plan.draft_step).width + 1
+    with progress_bar("reading rows") as tell:
+        job = open_job(
+            asked.output, asked.inputs, fingerprint=identity.fingerprint(asked, plan), defaults=asked.sampling,
+            settings=lambda survey: _settings(asked, plan, survey, width).to_json(), seed=asked.seed,
+            codec=plan.codec, force_new=asked.force_new, progress=lambda rows: tell(rows, None),
+        )  # fmt: skip
+    if job.finished:
+        note(f"{asked.output}: finished before, {job.totals().rows} rows")
+        return codes.ROWS_FAILED if job.totals().errors else codes.OK
+    settings = Settings.from_json(job.manifest.settings)
+    _say_need(plan.need(settings, width), settings)
+    chosen = options.format_of(asked.weights, asked.cache)
+    lm = options.load(asked.model, chosen, max_length=asked.max_length, draft_model=asked.draft_model)
+    engine = DecodeEngine(
+        lm.step, lm.params, settings, config=Config(drafter=options.drafter_of(asked.drafter, lm)),
+        draft_params=None if lm.draft is None else lm.draft.params, notice=note,
+    )  # fmt: skip
+    with stop_on(signal.SIGTERM) as stop, progress_bar("rows") as tell:
+        runner = Runner(
+            job, engine, plan.codec, stop=stop,
+            progress=lambda p: tell(p.rows_done, p.rows_total, f"{p.tokens_per_second:,.0f} tokens/s"),
+        )  # fmt: skip
+        try:
+            outcome = runner.run()
+        except JobError as error:  # the engine is broken, not the job's description
+            note(str(error))
+            return codes.INTERNAL
+    _say_outcome(outcome, asked.output)
+    return outcome.exit_code(max_error_rate=0.0)
+
+
+def _settings(asked: Asked, plan: Plan, survey: Survey, width: int) -> Settings:
+    """The executable's constants; the first worker's, which the manifest then keeps."""
+    from jaxinfer.batch.engine import Settings
+
+    def with_slots(slots: int) -> Settings:
+        length, eos = plan.step.config.max_length, len(plan.codec.eos_ids)
+        return Settings.of(survey, slots=slots, max_length=length, eos_ids=eos)
+
+    if asked.slots is not None:
+        return with_slots(asked.slots)
+    available, where = available_memory()
+    slots = memory.largest(memory.most_slots(), lambda slots: plan.need(with_slots(slots), width), available, where)
+    return with_slots(slots)
+
+
+def _say_need(need: memory.Need, settings: Settings) -> None:
+    available, where = available_memory()
+    note(f"batch size {settings.slots}, {settings.capacity} tokens a row: {need}; {size(available)} free on {where}")
+    if need.total > available:
+        note("this may not fit: --batch-size, --max-length, --weights and --cache make it smaller")
+
+
+def _say_outcome(outcome: Any, output: Path) -> None:
+    p = outcome.progress
+    note(
+        f"{p.rows} rows in {p.seconds:.1f} s, {p.errors} of them errors; {p.prompt_tokens} prompt and "
+        f"{p.completion_tokens} answer tokens, {p.tokens_per_second:,.1f} tokens/s, {p.useful:.2f} tokens a slot-step"
+    )
+    if outcome.totals is None:
+        note("stopped before the end; the same command goes on from here")
+    else:
+        note(f"{output}: {outcome.totals.rows} rows, {outcome.totals.errors} of them error rows")
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, if that is a terminal: call it with (done, total or None, words)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total=None, words="": None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, words="")
+        yield lambda done, total=None, words="": bar.update(task, completed=done, total=total, words=words)
