@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxinfer.errors import InputError
 from jaxinfer.ops.position import Alibi, Rope, T5Bias
 
 NEGATIVE = -1e30  # finite stand-in for -inf inside a softmax: an empty row stays free of NaN, forward and backward
@@ -46,7 +47,7 @@ class AttentionSpec:
                 return self.position.bias(distance)
             case T5Bias():
                 if table is None:
-                    raise ValueError("T5Bias needs the learned table [buckets, heads]")
+                    raise InputError("T5Bias needs the learned table [buckets, heads]")
                 return self.position.bias(distance, table)
             case _:
                 return None
@@ -117,7 +118,9 @@ def block_visibility(spec: AttentionSpec, q_positions: jax.Array, k_positions: j
 def attend(spec: AttentionSpec, q: jax.Array, segments: Sequence[Segment]) -> Part:
     """Softmax attention of `q[B, H, T, d]` over the union of the segments, in float32 accumulation."""
     scores = [_scores(spec, segment.q if segment.q is not None else q, segment) for segment in segments]
-    peak = functools.reduce(jnp.maximum, [score.max(-1, initial=NEGATIVE) for score in scores])
+    # The peak cancels from output and lse. Its own gradient, which compares scores with it, is not only needless: where
+    # the compiler computes the two differently, no score equals the peak and the gradient is 0 / 0.
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [x.max(-1, initial=NEGATIVE) for x in scores]))
     total, out = jnp.zeros_like(peak), 0.0
     for score, segment in zip(scores, segments, strict=True):
         weight = jnp.exp(score - peak[..., None])
@@ -152,7 +155,7 @@ def _scores(spec: AttentionSpec, q: jax.Array, segment: Segment) -> jax.Array:
 def combine(parts: Sequence[Part]) -> Part:
     """Merge attention over disjoint key sets exactly: softmax weights of the parts' log-sum-exps."""
     lse = jnp.stack([part.lse for part in parts])
-    peak = lse.max(0)
+    peak = jax.lax.stop_gradient(lse.max(0))
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     weight = jnp.exp(lse - peak)
     total = weight.sum(0)
