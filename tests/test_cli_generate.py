@@ -178,11 +178,23 @@ def survey(sequences: int):
     return Survey(sequences, sequences=sequences, prompt_tokens=100, length=300, max_tokens=200)
 
 
+def test_ctrl_c_is_130(capsys, monkeypatch, tiny_model):
+    from jaxinfer.cli import one
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(one, "answer", interrupted)
+    code, _, err = run(capsys, "generate", "--model", tiny_model, "--prompt", "x")
+    assert code == 130
+    assert err.endswith("jaxinfer: interrupted\n")
+
+
 @pytest.mark.slow
 def test_killed_by_sigterm_asks_to_be_run_again(tiny_model, tmp_path):
     """SIGTERM: exit 75, and the same command gives the file of a run that nothing disturbed."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"id": i, "prompt": f"x{i}", "max_tokens": 400}) + "\n" for i in range(200)))
+    rows.write_text("".join(json.dumps({"id": i, "prompt": f"x{i}", "max_tokens": 250}) + "\n" for i in range(100)))
 
     def start(output):
         command = ["generate", "--model", tiny_model, "--input", rows, "--output", output, "--batch-size", "2"]
@@ -203,5 +215,6 @@ def test_killed_by_sigterm_asks_to_be_run_again(tiny_model, tmp_path):
     assert "the same command goes on from here" in err
     for output in ("a.jsonl", "b.jsonl"):
         again = start(tmp_path / output)
-        assert again.wait(timeout=250) == 0
+        again.communicate(timeout=250)
+        assert again.returncode == 0
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()

@@ -3,10 +3,11 @@
 Stability: internal.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -37,8 +38,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Ctrl-C is an exit code of its own; a library's default would be that of an internal error."""
+
+    @functools.wraps(command)
+    def run_it(**values: Any) -> None:
+        try:
+            command(**values)
+        except KeyboardInterrupt:
+            typer.echo("jaxinfer: interrupted", err=True)
+            raise typer.Exit(codes.INTERRUPTED) from None
+
+    return run_it
+
+
 for command in (generate, compare, info, methods, doctor):
-    app.command(epilog=codes.HELP)(command)
+    app.command(epilog=codes.HELP)(_interruptible(command))
 
 
 def _version(value: bool) -> None:
