@@ -182,13 +182,16 @@ def test_a_stopped_run_finishes_what_it_can_and_says_75(tmp_path):
 
 
 def test_slots_are_kept_busy(tmp_path):
-    """max_tokens log-uniform from 8 to 512 at batch 32: 85 % of slot-steps useful, 1.5 times static batching."""
+    """max_tokens log-uniform from 8 to 512 at batch 32: 85 % of slot-steps useful, 1.5 times static batching.
+
+    Of so few rows only the order in which they are taken keeps the end full; in input order it is 0.75.
+    """
     chance = random.Random(1)
-    lengths = [round(math.exp(chance.uniform(math.log(8), math.log(512)))) for _ in range(400)]
+    lengths = [round(math.exp(chance.uniform(math.log(8), math.log(512)))) for _ in range(200)]
     rows = [{"id": i, "prompt": "p", "max_tokens": n, "ignore_eos": True} for i, n in enumerate(lengths)]
     engine = FakeEngine(slots=32, steps=8, full=True)
     _, outcome = answers(tmp_path, rows, engine=engine, shard_rows=64)
     assert outcome.progress.completion_tokens == sum(lengths)
-    static = sum(max(lengths[i : i + 32]) for i in range(0, 400, 32))
-    assert outcome.progress.useful >= 0.85
+    static = sum(max(lengths[i : i + 32]) for i in range(0, 200, 32))
+    assert outcome.progress.useful >= 0.9
     assert static / engine.made >= 1.5

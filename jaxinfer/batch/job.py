@@ -90,6 +90,7 @@ class Job:
         self._cursor = files.Cursor(self.inputs, longest=self.longest)
         self._held: list[Claim] = []
         self._committed: set[int] = set()
+        self._rows_known = 0  # in them
         self._first = 0  # shards before this one are committed
         self._touched = time.monotonic()
         if self.finished:
@@ -107,12 +108,28 @@ class Job:
         """Rows in committed shards, this worker's and the others'."""
         for shard in self.manifest.shards:
             if shard.index not in self._committed and self.part(shard.index).exists():
-                self._committed.add(shard.index)
-        return sum(self.manifest.shards[index].rows for index in self._committed)
+                self._know(shard)
+        return self._rows_known
 
     @property
     def all_committed(self) -> bool:
         return self.finished or self.rows_committed() == self.manifest.rows
+
+    def unclaimed(self) -> tuple[int, int]:
+        """(rows that nobody has claimed or committed, workers that hold a lease or are this one)."""
+        try:
+            leases = self._leases.held()
+        except FileNotFoundError:  # others have finished the job
+            return 0, 1
+        owners = set(leases.values()) if self._held else {*leases.values(), b"this"}
+        shards = self.manifest.shards[self._first :]
+        free = (s.rows for s in shards if s.index not in self._committed and f"{s.index:05d}" not in leases)
+        return sum(free), max(1, len(owners))
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that are neither held here nor known to be committed; cheap."""
+        return self.manifest.rows - self._rows_known - sum(claim.shard.rows for claim in self._held)
 
     def claim(self) -> Claim | None:
         """The first shard that is neither committed nor held by a living worker; None when there is none now."""
@@ -125,7 +142,7 @@ class Job:
             if shard.index in self._committed or shard.index in held:
                 continue
             if self.part(shard.index).exists():
-                self._committed.add(shard.index)
+                self._know(shard)
                 continue
             try:
                 lease = self._leases.claim(f"{shard.index:05d}")
@@ -165,7 +182,7 @@ class Job:
         except FileNotFoundError:  # the work folder is gone: others finished the job, or it was put aside
             if not self.finished:
                 raise self._gone() from None
-        self._committed.add(shard.index)
+        self._know(shard)
         self._held.remove(claim)
         claim.lease.release()
 
@@ -245,6 +262,12 @@ class Job:
                 counts["completion_tokens"] += completion
             lease.touch()
             yield b"".join(lines)
+
+    def _know(self, shard: Shard) -> None:
+        """Remembers that a shard is committed."""
+        if shard.index not in self._committed:
+            self._committed.add(shard.index)
+            self._rows_known += shard.rows
 
     def _moved(self) -> bool:
         """Whether the folder holds another job by now (--force-new while this worker ran)."""

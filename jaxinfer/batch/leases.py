@@ -194,6 +194,17 @@ class Leases:
         os.close(handle)
         return None
 
+    def held(self) -> dict[str, bytes]:
+        """Which names are leased, and to which process (told apart, not named)."""
+        out = {}
+        for path in self.folder.iterdir():
+            try:
+                owner = json.loads(path.read_bytes())
+                out[path.name] = json.dumps([owner[key] for key in ("host", "pid", "started")]).encode()
+            except (OSError, ValueError, KeyError, TypeError):
+                out[path.name] = b""
+        return out
+
     def _is_stale(self, name: str, path: Path) -> bool:
         try:
             content, touched = path.read_bytes(), path.stat().st_mtime_ns

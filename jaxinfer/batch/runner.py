@@ -24,6 +24,8 @@ from jaxinfer.batch.requests import BadRow, Codec, Limits, Prepared, identity, p
 from jaxinfer.decode.text import Detokenizer, StopMatcher
 from jaxinfer.errors import JobError
 
+_LAST = 4  # sets of slots that make up the end of a job, in which the order of rows decides how full slots stay
+_WORKERS = 64  # more than this many are not counted
 EXIT_FINISHED, EXIT_ERRORS, EXIT_AGAIN = 0, 3, 75
 
 
@@ -245,18 +247,35 @@ class Runner:
         return Progress(rows, self._job.manifest.rows, seconds=seconds, slots=self._engine.slots, **counts)
 
     def _claim(self) -> None:
-        """Claims shards until a whole set of slots waits in the queue; at the end of the input, long answers first."""
-        while len(self._queue) < self._engine.slots and time.monotonic() >= self._next_claim and not self._stop():
+        """Claims shards until enough sequences wait in the queue.
+
+        That is a set of slots; but of the last few sets of the job this worker's whole share, longest answers first,
+        so that all slots fall empty at about the same time.
+        """
+        while time.monotonic() >= self._next_claim and not self._stop():
+            share = self._last_share()
+            if len(self._queue) >= max(share, self._engine.slots):
+                return
             claim = self._job.claim()
             if claim is None:
                 self._next_claim = time.monotonic() + self._poll
-                self._queue = deque(sorted(self._queue, key=lambda s: -s.row.prepared.limit))
                 return
             rows = self._job.rows(claim)
             shard = _Shard(claim, [None] * len(rows))
             self._open += 1
             for index, row in enumerate(rows):
                 self._enqueue(row, shard, index)
+            if share:
+                self._queue = deque(sorted(self._queue, key=lambda s: -s.row.prepared.limit))
+
+    def _last_share(self) -> int:
+        """This worker's share of what waits and is unclaimed, when that is the end of the job; else 0."""
+        slots = self._engine.slots
+        if self._job.rows_left > _LAST * slots * _WORKERS:
+            return 0
+        rows, workers = self._job.unclaimed()
+        rows += len(self._queue)
+        return -(-rows // workers) if rows <= _LAST * slots * workers else 0
 
     def _enqueue(self, source: Row, shard: _Shard, index: int) -> None:
         row = prepare_row(
