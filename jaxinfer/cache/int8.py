@@ -6,6 +6,9 @@ asymmetric rounding; keys are rotated before (the cache moves no token, so they 
 State: codes with a float32 scale and offset for each channel and group (keys) or token (values), and a ring of the last
 `lag + group - 1` tokens as they are. The paper's groups are 32 tokens and its residual 128.
 
+Codes become numbers inside `attend`, one layer at a time. That saves memory, not time: on CPU XLA writes the numbers to
+scratch before it multiplies, so a step moves more bytes than a dense cache does until a fused kernel reads the codes.
+
 Where it departs from the paper and released code: which tokens a query at p reads as codes is a function of p (whole
 groups that end at or before p - lag), so neither chunked prefill nor a rejected draft changes any output. A causal
 Block longer than `lag + 1` reads the groups that it completes as codes too, where the law says so.

@@ -8,9 +8,9 @@ a ring of the last `window - 1`. The paper's setting is 4 sinks and a window of 
 Counted within the cache, the window keeps its true distances to the query (RoPE, ALiBi and T5 see nothing else), and
 the sinks stand still at `sinks + window - 1` behind it at most. So every key is stored rotated at its own position,
 ring and Block are read by the query at its true position, and the sinks alone by the query at position
-`min(p, sinks + window - 1)`: a function of p, whatever the calls. Released code writes one more token before it evicts
-or rotates a whole cache at each step; here nothing moves. Models that add absolute positions to their embeddings
-(learned, sinusoidal) cannot count within the cache: for them this is eviction alone.
+`min(p, sinks + window - 1)`: a function of p, whatever the calls. Released code keeps keys unrotated and rotates the
+whole cache at each step; here nothing moves. Models that add absolute positions to their embeddings (learned,
+sinusoidal) cannot count within the cache: for them this is eviction alone.
 
 Stability: experimental.
 """
