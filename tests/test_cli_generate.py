@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from jaxinfer import quant
+from jaxinfer.cache.sink import SinkCache
 from jaxinfer.cli import compiled, main
 from jaxinfer.decode.language_model import load
 
@@ -59,6 +61,16 @@ def test_terminal_streams_the_same_text(monkeypatch, tiny_model, answer):
         shown = os.read(theirs, 65536).decode()
     os.close(theirs)
     assert shown.replace("\r\n", "\n") == answer.text + "\n"
+
+
+def test_formats_by_name(capsys, tiny_model):
+    """The options build what the library is given: int8 weights, a sink cache, sampling with a seed."""
+    options = ["--max-tokens", 24, "--temperature", 1, "--seed", 5, "--ignore-eos"]
+    formats = ["--weights", "int8:group=16", "--cache", "sink:sinks=2,window=8"]
+    code, out, _ = run(capsys, "generate", "--model", tiny_model, "--prompt", "class Stack:", *options, *formats)
+    assert code == 0
+    lm = load(tiny_model, weights=[(r"(?!.*/router$).*", quant.Int8(group=16))], cache=SinkCache(sinks=2, window=8))
+    assert out == lm.generate("class Stack:", max_tokens=24, temperature=1.0, seed=5, ignore_eos=True).text + "\n"
 
 
 ROWS = [

@@ -57,8 +57,8 @@ DRAFTERS = Registry(
         "draft": "jaxinfer.decode.draft_model:DraftModel",
     },
 )
-# Routers are tiny, and a wrong expert costs more than their bytes.
-QUANTIZED = ((r".*/router", None),)
+# Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.
+QUANTIZED = r"(?!.*/router$).*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,8 @@ def format_of(weights: str, cache: str) -> Format:
 
 
 def rules_of(spec: Any) -> tuple[tuple[str, Any], ...]:
-    """Every matrix in one format, except those that `QUANTIZED` rules out."""
-    return (*QUANTIZED, (r".*", spec))
+    """What `--weights` means as rules for `quant.apply`."""
+    return ((QUANTIZED, spec),)
 
 
 def dtype_of(name: str) -> str:

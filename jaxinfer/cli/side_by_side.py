@@ -72,9 +72,7 @@ def parse(name: str) -> Method:
 def _quantized(params: Any, spec: Any) -> Any:
     from jaxinfer import quant
 
-    rules = options.rules_of(spec)
-    has_router = any(path.endswith("/router") for path, _ in quant.leaves(params))
-    return quant.apply(params, rules if has_router else rules[-1:])
+    return quant.apply(params, options.rules_of(spec))
 
 
 def prompts_of(prompt: Sequence[str] | None, files: Sequence[Path] | None) -> list[str]:
