@@ -8,7 +8,7 @@ update sees 4,096 tokens and takes one core of 2024 about 4 seconds for the targ
 at once, give each `--threads 1`. Expect 1.42 bits per byte of held-out text or less for the target, 1.52 for the draft.
 
 Started again, the same command goes on from its last checkpoint, also with another `--steps` as long as the learning
-rate has not begun to fall (the last 30 % of the steps). SIGTERM saves and exits with 75. At the end, or with
+rate has not begun to fall (the last `--decay` of the steps). SIGTERM saves and exits with 75. At the end, or with
 `--export-only`, the model is written to `--export` in Hugging Face format (bf16) with its model card.
 
 Stability: experimental.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = 4096  # a batch
-SHARES = ((256, 0.5, 0.7), (512, 0.35, 0.7), (1024, 0.1, 0.85), (2048, 0.05, 0.85))  # length, share, modules' weight
+SHARES = ((256, 0.5, 0.7), (512, 0.35, 0.9), (1024, 0.1, 1.0), (2048, 0.05, 1.0))  # length, share, modules' weight
 MAX_LENGTH = 2048
 PROMPTS = ('def read_json(path):\n    """', "class Stack:\n    def __init__(self):\n")
 
@@ -38,11 +38,12 @@ class Shape:
     num_kv_heads: int
     mlp_size: int
     steps: int
+    decay: float = 0.65
     rate: float = 5e-3
 
 
 MODELS = {
-    "target": Shape("tinycode", 256, 8, 8, 4, 768, steps=1400),
+    "target": Shape("tinycode", 256, 8, 8, 4, 768, steps=1250),
     "draft": Shape("tinycode-draft", 192, 2, 6, 3, 576, steps=900),
 }
 
@@ -69,7 +70,7 @@ def make_step(model: str):
     return Step(config)
 
 
-def make_recipe(model: str, *, steps: int, seed: int, corpus, tokenizer):
+def make_recipe(model: str, *, steps: int, decay: float, seed: int, corpus, tokenizer):
     """The recipe of one model: packed windows that grow with the run, Muon, and a glance at held-out text."""
     from jaxinfer.train import data, lm, loop
 
@@ -83,7 +84,7 @@ def make_recipe(model: str, *, steps: int, seed: int, corpus, tokenizer):
         options = {"num_bytes": glance_bytes, "window": 512, "stride": 512}
         return {"bits_per_byte": lm.bits_per_byte(step, params, glance_tokens, **options)}
 
-    schedule = lm.warmup_stable_decay(MODELS[model].rate, steps=steps)
+    schedule = lm.warmup_stable_decay(MODELS[model].rate, steps=steps, decay=decay)
     return loop.Recipe(
         objective=lm.NextToken(step),
         data=lambda i: lm.split_batch(stream(i), 2),  # smaller activations, which stay nearer to the core
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="folder of the finished model (default: OUT/export)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--steps", type=int, help="updates in all (default: the shipped model's)")
+    parser.add_argument("--decay", type=float, help="share of the updates over which the learning rate falls to zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: one a core)")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
@@ -191,10 +193,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from jaxinfer.train import data, lm, loop, metrics
 
-    steps = args.steps or MODELS[args.model].steps
+    shape = MODELS[args.model]
+    steps, decay = args.steps or shape.steps, shape.decay if args.decay is None else args.decay
     corpus = data.standard_library()
     tokenizer = data.train_tokenizer([document.text for document in corpus.modules])
-    recipe = make_recipe(args.model, steps=steps, seed=args.seed, corpus=corpus, tokenizer=tokenizer)
+    recipe = make_recipe(args.model, steps=steps, decay=decay, seed=args.seed, corpus=corpus, tokenizer=tokenizer)
     params = lm.init_params(make_step(args.model), jax.random.key(args.seed))
     state = loop.init_state(params, recipe, jax.random.key(args.seed + 1))
     if args.export_only:
@@ -207,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         except loop.Preempted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(loop.EXIT_PREEMPTED)
-    command = f"python scripts/train_tiny.py --model {args.model} --out runs/{args.model} --steps {int(state.step)}"
+    options = f"--steps {int(state.step)} --decay {decay}"
+    command = f"python scripts/train_tiny.py --model {args.model} --out runs/{args.model} {options}"
     export(
         args.model,
         state.params,
