@@ -235,6 +235,15 @@ def splits_do_not_matter(case: Case):
         same(other, state, name)
 
 
+def decoding_equals_prefill(case: Case):
+    """The program of single-token steps gives what the program of long chunks gives."""
+    state, out = fed(case, chunks([WIDE]))
+    other, got = fed(case, one_by_one(1))
+    close(got, out)
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
+        close(a, b, 1 if a.dtype == jnp.int8 else 1e-5)  # another program rounds otherwise: a code may be its neighbour
+
+
 def rejected_drafts_leave_no_trace(case: Case):
     """Trees whose kept path stands in scattered slots give the outputs and State of plain decoding."""
     state, out = fed(case, one_by_one(NARROW)._replace(mask=causal_mask(one_by_one(NARROW))))
@@ -381,6 +390,7 @@ LAWS = (
     outputs_follow_the_rule,
     splits_do_not_matter,
     attend_is_naive_attention_over_the_view,
+    decoding_equals_prefill,
     rejected_drafts_leave_no_trace,
     ample_budget_is_dense,
     rows_are_independent,
