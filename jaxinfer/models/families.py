@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.config import ACTIVATIONS, ModelConfig
-from jaxinfer.models.rope_config import legacy, read_rope, same_rotation, write_rope
+from jaxinfer.models.rope_config import check_rotations, legacy, read_rope, same_rotation, write_rope
 from jaxinfer.ops.position import Rope
 
 Hf = Mapping[str, Any]
@@ -39,7 +39,9 @@ def config_from_hf(hf: Hf, *, max_length: int | None = None) -> ModelConfig:
         raise ConfigError(f"config.json must hold an object, got {type(hf).__name__}")
     kind = hf.get("model_type")
     if kind == "jaxinfer":
-        return _read_own(hf)
+        config = _read_own(hf)  # a learned table of positions is as long as it is
+        fixed = max_length is None or config.position == "learned"
+        return config if fixed else dataclasses.replace(config, max_length=max_length)
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"model_type {kind!r} is not supported; supported: {', '.join((*FAMILIES, 'jaxinfer'))}")
     if hf.get("quantization_config"):
@@ -53,7 +55,9 @@ def config_from_hf(hf: Hf, *, max_length: int | None = None) -> ModelConfig:
         fields["ropes"] = (read_rope(hf, fields["head_dim"]),) * layers
     if max_length is not None:
         fields["max_length"] = max_length
-    return ModelConfig(**fields)
+    config = ModelConfig(**fields)
+    check_rotations(config)
+    return config
 
 
 def _common(hf: Hf, kind: str) -> dict[str, Any]:
@@ -323,10 +327,30 @@ def _read_own(hf: Hf) -> ModelConfig:
     if unknown:
         raise ConfigError(f"config.json of model_type 'jaxinfer' has unknown keys {sorted(unknown)}")
     try:
+        fields = _tuples(fields)
         fields["ropes"] = tuple(rope and Rope(**_tuples(rope)) for rope in fields.get("ropes", ()))
-        return ModelConfig(**_tuples(fields))
+        _check_types(fields)
+        config = ModelConfig(**fields)
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"config.json of model_type 'jaxinfer': {error}") from error
+    check_rotations(config)
+    return config
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in fields:
+            continue
+        value, words = fields[field.name], str(field.type).split(" | ")
+        if words[0].startswith("tuple"):
+            fits = isinstance(value, tuple) and all(x is None or isinstance(x, int | Rope) for x in value)
+        else:
+            fits = isinstance(value, tuple(t for word in words for t in plain[word]))
+            fits &= "bool" in words or not isinstance(value, bool)
+            fits &= not isinstance(value, float) or math.isfinite(value)
+        if not fits:
+            raise ConfigError(f"config.json: {field.name} must be {field.type}, got {str(value)[:80]}")
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

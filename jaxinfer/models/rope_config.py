@@ -12,8 +12,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.errors import ConfigError
-from jaxinfer.ops.position import SCALINGS, Rope
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.position import SCALINGS, Rope, frequencies
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Hugging Face key -> Rope field
@@ -85,6 +88,29 @@ def _settings(hf: Mapping[str, Any], layer_type: str) -> Mapping[str, Any]:
     if any(name in settings for name in LAYER_TYPES):
         settings = settings.get(layer_type) or settings.get("full_attention") or {}
     return settings
+
+
+def check_rotations(config: ModelConfig) -> None:
+    """Raise ConfigError where a layer's settings give no frequencies: a base of zero, tables of the wrong length."""
+    for rope in set(config.ropes):
+        if rope is None:
+            continue
+        if not isinstance(rope.rotary_dim, int) or not 0 < rope.rotary_dim <= config.head_dim:
+            raise ConfigError(f"RoPE turns {rope.rotary_dim} entries of heads that have {config.head_dim}")
+        served = dataclasses.replace(rope, length=config.max_length)
+        try:
+            with np.errstate(all="raise"):
+                inverse, scale = frequencies(served)
+        except (ArithmeticError, ValueError, TypeError) as e:
+            if isinstance(e, ConfigError):
+                raise
+            raise ConfigError(f"the RoPE settings give no frequencies ({e}): {_shown(rope)}") from None
+        if not (np.isfinite(inverse).all() and (inverse >= 0).all() and 0 < scale < float("inf")):
+            raise ConfigError(f"the RoPE settings give no frequencies: {_shown(rope)}")
+
+
+def _shown(rope: Rope) -> str:
+    return ", ".join(f"{f.name}={getattr(rope, f.name)}" for f in dataclasses.fields(rope))[:300]
 
 
 def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
