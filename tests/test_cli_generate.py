@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from jaxinfer import quant
+from jaxinfer import decode, quant
 from jaxinfer.cache.sink import SinkCache
-from jaxinfer.cli import compiled, main
+from jaxinfer.cli import compiled, main, memory, options
 from jaxinfer.decode.language_model import load
 
 
@@ -168,9 +170,23 @@ def test_auto_batch_size_is_what_fits(capsys, monkeypatch, tiny_model, rows, tmp
     assert "--batch-size auto: one row takes weights" in err and "on a small machine" in err
     plan = job.plan_of(asked(tiny_model))
     one = job._settings(asked(tiny_model, batch_size="1"), plan, survey(100), 1)
-    monkeypatch.setattr(job, "available_memory", lambda: (5 * plan.need(one, 1).total, "a machine"))
+    room = plan.need(one, 1).total + 6 * plan.need(one, 1).cache
+    monkeypatch.setattr(job, "available_memory", lambda: (int(room / memory.SHARE), "a machine"))
     assert job._settings(asked(tiny_model), plan, survey(100), 1).slots == 4
     assert job._settings(asked(tiny_model), plan, survey(2), 1).slots == 2
+
+
+def test_memory_estimate_covers_what_xla_needs(tiny_model):
+    """The temporaries of a compiled prefill are less than the estimate, and not by an order of magnitude."""
+    step = options.step_of(tiny_model, options.format_of("f32", "auto"), None)
+    params = memory.abstract_params(step)
+    start = jax.jit(decode.start, static_argnames=("step", "config", "capacity"))
+    program = start.lower(
+        step, params, np.zeros((1, 512), np.int32), np.ones(1, np.int32), decode.Sampling.make(1),
+        jax.random.split(jax.random.key(0), 1), config=decode.Config(), capacity=512,
+    ).compile()  # fmt: skip
+    estimate = memory.need(step, params, batch=1, max_length=512).work
+    assert estimate / 10 < program.memory_analysis().temp_size_in_bytes < estimate
 
 
 def asked(model, **changes):
@@ -230,3 +246,4 @@ def test_killed_by_sigterm_asks_to_be_run_again(tiny_model, tmp_path):
         again.communicate(timeout=250)
         assert again.returncode == 0
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert list((tmp_path / "jaxinfer" / "compiled").iterdir())  # programs are kept for the next run

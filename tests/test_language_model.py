@@ -9,6 +9,7 @@ from jaxinfer.decode import run as host
 from jaxinfer.decode.language_model import load
 from jaxinfer.decode.sampling import Features
 from jaxinfer.errors import CheckpointError, InputError
+from jaxinfer.sharding.rules import TENSOR, shardings
 
 PROMPTS = ["def f(x):", "import os, sys\nimport json\n", "é", "class A:\n    pass\n\n\nclass B"]
 
@@ -148,6 +149,13 @@ def test_quantized_as_it_is_loaded(tiny_model, lm):
     assert jax.tree.structure(loaded) == jax.tree.structure(after)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_weights_go_where_the_shardings_say(tiny_model):
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = load(tiny_model, shardings=lambda step: shardings(step, mesh, TENSOR)).params
+    assert params["layers_0"]["mlp"]["gate"].sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
+    assert params["layers_0"]["mlp"]["gate"].addressable_shards[0].data.shape == (32, 32)
 
 
 def test_chat_is_the_rendered_prompt(lm):

@@ -92,7 +92,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout went away (`| head`): no complaint, and none at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return codes.OK
-    except MemoryError as error:
-        typer.echo(f"jaxinfer: out of memory: {error}", err=True)
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        hint = "a smaller --batch-size or --max-length, --weights int8 or another --cache needs less"
+        typer.echo(f"jaxinfer: out of memory: {str(error).partition(chr(10))[0]}; {hint}", err=True)
         return codes.INTERNAL
     return codes.OK

@@ -66,7 +66,12 @@ class Plan:
 
     def need(self, settings: Settings, slots: int) -> memory.Need:
         """Bytes of weights, caches and work, the draft model's too."""
-        lengths = {"batch": settings.slots, "max_length": settings.capacity, "chunk": settings.prefill_chunk}
+        lengths = {
+            "batch": settings.slots,
+            "max_length": settings.capacity,
+            "chunk": settings.prefill_chunk,
+            "prefill_rows": settings.prefill_rows,
+        }
         found = memory.need(self.step, self.params, slots=slots, **lengths)
         if self.draft_step is not None:
             found += memory.need(self.draft_step, memory.abstract_params(self.draft_step), **lengths)

@@ -60,15 +60,23 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def need(step: Step, params: Any, *, batch: int, max_length: int, slots: int = 1, chunk: int = 256) -> Need:
-    """What decoding takes: `slots` scored positions a step (drafts + 1) and prompts prefilled by `chunk` tokens."""
+def need(
+    step: Step, params: Any, *, batch: int, max_length: int, slots: int = 1, chunk: int = 256, prefill_rows: int = 1
+) -> Need:
+    """What a batch job takes: `slots` scored positions a step (drafts + 1), `prefill_rows` prompts at a time.
+
+    `work` is the larger of a decoding and a prefill step, each operation's input and output counted; XLA's own figures
+    (`memory_analysis`) lie below it.
+    """
     c = step.config
     width = 6 * c.hidden_size + 3 * max(c.mlp_size, c.experts_per_token * c.expert_size) + 3 * c.num_heads * c.head_dim
-    scores = c.num_heads * max_length  # one layer's attention weights of one query
-    tokens = batch * max(slots, min(chunk, max_length))
+    chunk = min(chunk, max_length)
+    scores = c.num_heads * (max_length + chunk)  # one layer's attention weights of one query, over cache and block
     logits = 4 * batch * slots * c.vocab_size  # raw, warped, sorted, their law
-    cache = nbytes(jax.eval_shape(lambda: step.new_cache(batch, max_length)))
-    return Need(nbytes(params), cache, 4 * (tokens * (width + scores) + logits))
+    decoding = 2 * batch * slots * (width + scores) + logits
+    prefill = 2 * prefill_rows * chunk * (width + scores)
+    cache, rows = (nbytes(jax.eval_shape(lambda n=n: step.new_cache(n, max_length))) for n in (batch, prefill_rows))
+    return Need(nbytes(params), cache, max(4 * decoding, 4 * prefill + rows))
 
 
 def most_slots() -> int:
