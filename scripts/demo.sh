@@ -14,4 +14,3 @@ run() {
 
 run generate --prompt 'def read_json(path):' --max-tokens 96
 run compare --methods plain,draft:gamma=2,draft:gamma=4 --max-tokens 128
-run methods
