@@ -116,7 +116,9 @@ class Cache:
 
 def init(specs: tuple[Any, ...], batch: int) -> Cache:
     """An empty cache of one State for each Spec."""
-    return Cache(tuple(spec.init(batch) for spec in specs), tuple(specs))
+    states = tuple(spec.init(batch) for spec in specs)
+    # Without the barrier XLA sees a prefill over constants and folds the attention away at compile time, for minutes.
+    return Cache(jax.lax.optimization_barrier(states), tuple(specs))
 
 
 def new_blocks(cache: Cache, slots: int) -> tuple[Block, ...]:
