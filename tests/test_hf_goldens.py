@@ -88,7 +88,7 @@ def test_ragged_prefill_and_cached_steps_equal_transformers(name, tmp_path):
     np.testing.assert_allclose(make["checked"](logits), golden, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mixtral", "phi3-longrope"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3-longrope"])
 def test_whole_sequences_equal_transformers(name, tmp_path):
     step, params, tokens, golden = load(name, tmp_path)
     logits = np.asarray(whole(step, params, tokens))

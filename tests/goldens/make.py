@@ -53,18 +53,21 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 # Sequences have 72 tokens: longer than every window (8) and more than twice every original length (16).
+ONE = {"num_hidden_layers": 1}  # where the case is about positions: half the time to compile
 CASES: dict[str, dict] = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 4},
-    "llama3": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "llama3.1-llama3rope": {"model_type": "llama", "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "llama3": {"model_type": "llama", **ONE, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "llama3.1-llama3rope": {"model_type": "llama", **ONE, "rope_parameters": LLAMA3, "tie_word_embeddings": True},
     "llama-linear-bias": {
         "model_type": "llama",
+        **ONE,
         "attention_bias": True,
         "mlp_bias": True,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
     "llama-dynamic": {
         "model_type": "llama",
+        **ONE,
         "max_position_embeddings": 16,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
     },
@@ -76,7 +79,7 @@ CASES: dict[str, dict] = {
         "max_window_layers": 1,
         "tie_word_embeddings": True,
     },
-    "qwen3-yarn": {"model_type": "qwen3", "head_dim": 16, "rope_parameters": YARN},
+    "qwen3-yarn": {"model_type": "qwen3", **ONE, "head_dim": 16, "rope_parameters": YARN},
     "gemma2": {"model_type": "gemma2", **GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3": {
         "model_type": "gemma3_text",
@@ -90,10 +93,11 @@ CASES: dict[str, dict] = {
     "phi3": {"model_type": "phi3", "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "phi3-longrope": {
         "model_type": "phi3",
+        **ONE,
         "original_max_position_embeddings": 16,
         "rope_parameters": LONGROPE,
     },
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"model_type": "mixtral", **ONE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3-moe": {
         "model_type": "qwen3_moe",
         "head_dim": 16,
