@@ -14,6 +14,7 @@ import pytest
 from jaxinfer import decode
 from jaxinfer.decode import Config, Features, Reason, Sampling
 from jaxinfer.decode.verify import Greedy
+from jaxinfer.models import ModelConfig, Step
 from tests import toy
 
 V, ROOM, WIDTH = 7, 10, 6
@@ -234,3 +235,26 @@ def test_prefill_in_chunks_of_any_size():
         np.testing.assert_allclose(a, b, atol=1e-5)
     np.testing.assert_array_equal(states[0].cache.t, lengths - 1)
     np.testing.assert_array_equal(states[0].drafter.cache.t, np.maximum(lengths - 2, 0))
+
+
+@pytest.mark.slow
+def test_the_real_decoder_with_a_ring_and_a_dense_layer():
+    """Windows shorter than the text, a ring cache, an unrelated draft and a twin: plain output, and no cache copied."""
+    config = ModelConfig(
+        vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
+        max_length=64, tie_embeddings=True, windows=(9, None), eos=(0,),
+    )  # fmt: skip
+    model = Step(config)
+    params, other = (jax.tree.map(lambda x: 8 * x, model.init(jax.random.key(seed))) for seed in (0, 1))
+    tokens, lengths = toy.prompts(3, 3, 12, 40, lengths=[12, 1, 7])
+    run = dict(config=Config(max_tokens=24, prefill_chunk=5), key=jax.random.key(0))
+    generate = jax.jit(decode.generate, static_argnames=("step", "config"))
+    want = generate(model, params, tokens, lengths, **run)
+    run["config"] = dataclasses.replace(run["config"], drafter=decode.DraftModel(model, 3))
+    program = generate.lower(model, params, tokens, lengths, draft_params=other, **run).compile()
+    assert toy.cache_copies(program, jax.eval_shape(lambda: model.new_cache(3, 36))) == []
+    run.pop("config")
+    same(program(params, tokens, lengths, draft_params=other, **run), want)
+    twin = program(params, tokens, lengths, draft_params=params, **run)
+    same(twin, want)
+    assert float(twin.stats.acceptance_by_depth.min()) > 0.9

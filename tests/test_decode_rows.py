@@ -4,6 +4,7 @@ The first claim is bitwise and the second about compiled code, so this file comp
 """
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from jaxinfer import cache as kv
 from jaxinfer import decode
 from jaxinfer.decode import Chain, Config, DraftModel, Features, Greedy, Reason, Sampling, keys
+from jaxinfer.decode.config import end_tokens
 from jaxinfer.errors import ConfigError, InputError
 from tests import toy
 
@@ -23,7 +25,7 @@ POISON = V - 1  # a token whose embedding is NaN and which no row can generate
 PARAMS["embedding"] = PARAMS["embedding"].at[POISON].set(jnp.nan)
 PARAMS["head"] = PARAMS["head"].at[:, POISON].set(0)
 TOKENS, LENGTHS = toy.prompts(0, B, 5, V - 1, lengths=[5, 3, 1, 4])
-CONFIG = Config(max_tokens=ROOM, logprobs=2, drafter=DraftModel(MODEL, 2))
+CONFIG = Config(max_tokens=ROOM, prefill_chunk=2, logprobs=2, drafter=DraftModel(MODEL, 2))
 
 
 def sampling(**values):
@@ -236,6 +238,21 @@ def test_configs_out_of_range_are_refused(values):
         Config(**values)
     with pytest.raises(ConfigError, match="gamma"):
         DraftModel(MODEL, 0)
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    config = Config(drafter=DraftModel(toy.Attentive(V + 1), 2))
+    with pytest.raises(ConfigError, match="vocabulary has 9 tokens, the model's 8"):
+        decode.begin(MODEL, PARAMS, TOKENS, LENGTHS, config=config, key=jax.random.key(0), draft_params=OTHER)
+    with pytest.raises(ConfigError, match="draft_params"):
+        decode.begin(MODEL, PARAMS, TOKENS, LENGTHS, config=CONFIG, key=jax.random.key(0))
+
+
+def test_end_tokens_come_from_the_model_where_the_config_names_none():
+    own = types.SimpleNamespace(config=types.SimpleNamespace(eos=(3, 5)))
+    assert end_tokens(own) == (3, 5) and end_tokens(MODEL) == ()
+    np.testing.assert_array_equal(Config().sampling(2, end_tokens(own)).eos, [[3, 5], [3, 5]])
+    assert Config(eos=()).sampling(2, end_tokens(own)).eos.shape == (2, 0)
 
 
 def test_verifiers_follow_the_features():

@@ -43,6 +43,14 @@ def test_streaming_nothing():
         next(decode.stream(MODEL, PARAMS, TOKENS, LENGTHS, every=0, **RUN))
 
 
+def test_prompts_of_one_token():
+    """Nothing to prefill: the same output as from a padded prompt."""
+    run = dict(config=Config(max_tokens=3), key=jax.random.key(0))
+    one = generate(MODEL, PARAMS, TOKENS[:, :1], jnp.ones(3, jnp.int32), **run)
+    padded = generate(MODEL, PARAMS, TOKENS[:, :2], jnp.ones(3, jnp.int32), **run)
+    assert toy.outputs(one) == toy.outputs(padded)
+
+
 def test_logprobs_are_the_models_own():
     """Of the chosen token and the likeliest three, under the raw logits of a fresh forward: no warp, no residual."""
     config = Config(

@@ -21,6 +21,7 @@ from flax import struct
 
 from jaxinfer import cache as kv
 from jaxinfer.decode.autoregressive import Autoregressive
+from jaxinfer.decode.config import end_tokens
 from jaxinfer.decode.loop import check_prompts
 from jaxinfer.decode.prefill import notes_of, prefill
 from jaxinfer.decode.types import Sequence, Step
@@ -77,7 +78,7 @@ def beam_search(step: Step, params: Any, tokens: jax.Array, lengths: jax.Array, 
     batch, width = tokens.shape
     capacity = width + config.max_tokens
     check_prompts(tokens, lengths, capacity)
-    eos = getattr(step, "eos", ()) if config.eos is None else config.eos
+    eos = end_tokens(step) if config.eos is None else config.eos
     length = jnp.clip(jnp.asarray(lengths, jnp.int32), 1, width)
     zeros = jnp.zeros(batch, jnp.int32)
     seq = Sequence(jnp.asarray(tokens, jnp.int32), length, length, length, zeros > 0, zeros, zeros)

@@ -9,7 +9,7 @@ import dataclasses
 
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.sampling import Features, Processor, Sampling, check_range
-from jaxinfer.decode.types import Drafter, Verifier
+from jaxinfer.decode.types import Drafter, Step, Verifier
 from jaxinfer.decode.verify import Chain, Greedy
 from jaxinfer.errors import ConfigError
 
@@ -20,10 +20,10 @@ class Config:
 
     The sampling values are the defaults of every row; to vary them by row, or without a new compilation, pass a
     `Sampling` to `generate` or `start` (then `features` says what to compile for; None: everything). Temperature 0 is
-    greedy. `max_tokens` also bounds the output buffers. `eos` None takes the model's own (`step.eos`, where it has
-    one); `()` ignores end tokens. `n` samples a prompt. `logprobs`: None, or how many most likely tokens to report
-    beside the chosen one; they are log-softmax of the model's own logits, before bias, penalties and temperature.
-    `verifier` None: greedy where no row samples, else chain rejection sampling.
+    greedy. `max_tokens` also bounds the output buffers. `eos` None takes the model's own (`end_tokens`); `()` ignores
+    end tokens. `n` samples a prompt. `logprobs`: None, or how many most likely tokens to report beside the chosen one;
+    they are log-softmax of the model's own logits, before bias, penalties and temperature. `verifier` None: greedy
+    where no row samples, else chain rejection sampling.
     """
 
     max_tokens: int = 128
@@ -101,3 +101,8 @@ class Config:
         if self.verifier is not None:
             return self.verifier
         return Chain() if features.sample else Greedy()
+
+
+def end_tokens(step: Step) -> tuple[int, ...]:
+    """The model's own end tokens: `step.eos`, else `step.config.eos`; none where a brought model says nothing."""
+    return getattr(step, "eos", getattr(getattr(step, "config", None), "eos", ()))

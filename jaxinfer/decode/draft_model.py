@@ -55,6 +55,11 @@ class DraftModel:
             raise ConfigError(f"gamma: got {self.gamma}, accepts 1 or more")
 
     @property
+    def vocab_size(self) -> int:
+        """The draft's vocabulary, which must be the target's."""
+        return self.step.vocab_size
+
+    @property
     def width(self) -> int:
         """N."""
         return self.gamma

@@ -22,14 +22,14 @@ from jax.core import Tracer
 
 from jaxinfer import cache as kv
 from jaxinfer.decode import keys as key_streams
-from jaxinfer.decode.config import Config
+from jaxinfer.decode.config import Config, end_tokens
 from jaxinfer.decode.emit import emit
 from jaxinfer.decode.logprobs import TokenLogprobs
 from jaxinfer.decode.prefill import notes_of, prefill
 from jaxinfer.decode.sampling import Features, History, Sampling, Warp
 from jaxinfer.decode.tree import slots_of, visibility
 from jaxinfer.decode.types import Proposal, Reason, Scored, Sequence, Slots, Stats, Step
-from jaxinfer.errors import InputError
+from jaxinfer.errors import ConfigError, InputError
 
 
 @struct.dataclass
@@ -103,7 +103,7 @@ def begin(
     """What `generate` does before its first step: keys, prefill, and the n samples' rows. Same arguments and errors."""
     own = sampling is None
     if sampling is None:
-        sampling = config.sampling(tokens.shape[0], getattr(step, "eos", ()))
+        sampling = config.sampling(tokens.shape[0], end_tokens(step))
     row_ids = jnp.arange(tokens.shape[0]) if row_ids is None else row_ids
     key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
     state = start(
@@ -129,10 +129,13 @@ def start(
 ) -> State:
     """Prefill `tokens i32[B, P]` in chunks, committing `lengths - 1` of them and reading no logits.
 
-    `keys[B]`: row keys (`keys.row_keys`). `capacity`: tokens a row can hold, prompt included; a row's output ends
-    there at the latest. `features` None: the config's, or everything.
+    `keys[B]`: row keys (`keys.row_keys`). `capacity`: tokens a row can hold, prompt included. A row's output ends there
+    at the latest, and at `config.max_tokens`. `features` None: the config's, or everything. Errors as for `generate`.
     """
     check_prompts(tokens, lengths, capacity)
+    vocab = getattr(config.drafter, "vocab_size", step.vocab_size)
+    if vocab != step.vocab_size:
+        raise ConfigError(f"the drafter's vocabulary has {vocab} tokens, the model's {step.vocab_size}")
     features = config.features_for(own=False) if features is None else features
     batch, width = tokens.shape
     length = jnp.asarray(lengths, jnp.int32)

@@ -145,7 +145,7 @@ class Chunk:
 @struct.dataclass
 class Stats:
     """Counts a row: target `forwards` and tokens `emitted i32[B]`, drafts `proposed_by_depth` and
-    `accepted_by_depth i32[B, D]`. Prefill is not counted."""
+    `accepted_by_depth i32[B, D]` (as verified: an end token or a limit may still cut some). Prefill is not counted."""
 
     forwards: jax.Array
     emitted: jax.Array
