@@ -25,6 +25,8 @@ def cache_directory() -> Path:
 
 def use_cache() -> None:
     """Make jax keep compiled programs. A directory that cannot be written costs the cache, not the run."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # jax is told already, thresholds and all
     import jax
 
     directory = cache_directory()
