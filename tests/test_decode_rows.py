@@ -85,6 +85,14 @@ def test_a_penalised_or_short_neighbour_changes_nothing(compiled):
         assert toy.outputs(got)[1] != toy.outputs(want)[1]
     got = compiled(*arguments(TOKENS.at[1].set(0), LENGTHS.at[1].set(5)))
     assert_same(rows_of(got, [0, 2, 3]), rows_of(want, [0, 2, 3]))
+    got = compiled(*arguments(lengths=LENGTHS.at[jnp.array([0, 3])].set(1)))  # fewer chunks to prefill
+    assert_same(rows_of(got, [1, 2]), rows_of(want, [1, 2]))
+
+
+def test_a_greedy_row_among_sampled_ones_is_greedy(compiled):
+    logprobs = compiled(*arguments()).logprobs
+    chosen_is_best = np.asarray(logprobs.chosen == logprobs.top[..., 0])
+    assert chosen_is_best[1].all() and not chosen_is_best.all()
 
 
 def test_the_order_of_rows_changes_nothing(compiled):

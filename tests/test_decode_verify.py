@@ -9,6 +9,7 @@ from jaxinfer.decode import Chain, Greedy, Proposal, Reason, Verdict, keys
 from jaxinfer.decode.emit import emit
 from jaxinfer.decode.tree import slots_of, visibility
 from jaxinfer.decode.types import Sequence
+from jaxinfer.errors import ConfigError
 from tests import toy
 
 V = 5
@@ -105,6 +106,12 @@ def test_p_equal_to_q_accepts_all():
     tokens = jax.random.randint(jax.random.key(1), (4000, 1), 0, V)
     verdict = chain(law, Proposal.of_chain(tokens, tokens >= 0, law[:, :1]), key)
     assert (verdict.n_accepted == 1).all()
+
+
+def test_the_chain_verifier_refuses_trees():
+    proposal, _ = random_tree(np.random.default_rng(0), 2, 3, 2)
+    with pytest.raises(ConfigError, match="tree"):
+        Chain().verify(jnp.zeros((2, 4, V)), proposal, None)
 
 
 def sequence(length, limit, *, done=None):

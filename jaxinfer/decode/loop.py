@@ -73,8 +73,8 @@ def generate(
     """Continue the prompts `tokens i32[B, P]` (right-padded, `lengths i32[B]`, 1 to P) until every row is done.
 
     `key`: one `jax.random.key`; a row's draws come from it, `row_ids i32[B]` (its place, when None) and the sample
-    index alone. `sampling`: per-row parameters in place of the config's. Raises InputError for shapes, types, and,
-    outside jit, lengths and ids that do not fit; inside jit a row of impossible length ends with `Reason.ERROR`.
+    index alone. `sampling`: per-row parameters in place of the config's. Raises InputError for shapes and types, and
+    outside jit for lengths that do not fit; inside jit a row of impossible length ends with `Reason.ERROR`.
     """
     state = begin(
         step, params, tokens, lengths,

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jaxinfer.decode.draw import first_max
 from jaxinfer.decode.filters import largest_count, nucleus
 from jaxinfer.decode.types import Sequence, Slots
-from jaxinfer.errors import InputError
+from jaxinfer.errors import ConfigError, InputError
 
 
 @struct.dataclass
@@ -260,7 +260,7 @@ class Warp:
     def _penalise(self, x: jax.Array, slots: Slots, ids: jax.Array) -> jax.Array:
         s, history = self.sampling, self.history
         if history is None:
-            raise ValueError("Features.penalties is on: the State must be started with it, so that history is counted")
+            raise ConfigError("penalties are on, but the State was started without them and counted no history")
         count = history.output[:, None].astype(jnp.float32)
         if slots.tokens.shape[1]:
             drafts = (slots.tokens[..., None] == ids).astype(jnp.float32)

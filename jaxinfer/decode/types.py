@@ -198,8 +198,9 @@ class WarpLike(Protocol):
 class Drafter(Protocol):
     """Proposes drafts. Frozen and hashable; what it learns is a state whose every leaf leads with the batch axis.
 
-    `width` is N, `depth` is D. `params` are the drafter's own; `target_params` the model's; `cache` the model's,
-    read only. `key` holds one key a row for this step: take `keys.stream(key, Stream.DRAFT)` and nothing else.
+    `width` is N, `depth` is D. `params` are the drafter's own; `target_params` the model's; `cache` the model's, read
+    only. `key` holds one key a row for this step: take `keys.stream(key, Stream.DRAFT)` and nothing else. A drafter
+    whose `vocab_size` (where it has one) differs from the model's is refused.
     """
 
     @property

@@ -19,6 +19,7 @@ from jaxinfer.decode import keys as key_streams
 from jaxinfer.decode.draw import draw, first_max
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.types import Proposal, Verdict
+from jaxinfer.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Chain:
         """`law f32[B, R, V]`: the warped log-law of each slot's next token; `key[B]`: the step's keys."""
         n_drafts = proposal.tokens.shape[1]
         if n_drafts and not proposal.chain:
-            raise ValueError("the chain verifier was given a tree; it reads chains only")
+            raise ConfigError("the chain verifier was given a tree; it accepts chains")
         n = jnp.zeros(law.shape[0], jnp.int32)
         if n_drafts:
             chosen = proposal.tokens[..., None]
