@@ -19,7 +19,6 @@ BASE = ModelConfig(
 )
 VARIANTS = {
     "llama": BASE,
-    "tied": dataclasses.replace(BASE, tie_embeddings=True),
     "bias": dataclasses.replace(BASE, qkv_bias=True, output_bias=True, mlp_bias=True),
     "qk_norm": dataclasses.replace(BASE, qk_norm=True),
     "window": dataclasses.replace(BASE, windows=(4, None)),
@@ -35,17 +34,24 @@ VARIANTS = {
         tie_embeddings=True,
     ),
     "experts": dataclasses.replace(BASE, num_experts=4, experts_per_token=2, expert_size=24, dense_layers=(0,)),
-    **{name: dataclasses.replace(BASE, position=name) for name in ("alibi", "t5", "learned", "sinusoidal", "none")},
+    **{
+        name: dataclasses.replace(BASE, num_layers=1, position=name)
+        for name in ("alibi", "t5", "learned", "sinusoidal", "none")
+    },
 }
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request):
     step = Step(VARIANTS[request.param])
-    leaves, tree = jax.tree.flatten(step.init(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # large enough weights that attention and routing are far from uniform
-    return step, tree.unflatten([w + 0.2 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
+    return step, params_of(step)
+
+
+def params_of(step):
+    """Random params, large enough that attention and routing are far from uniform; numpy compiles nothing."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(step.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(leaf.ndim == 1, 0.2, leaf.shape), jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("step", "taps"))
@@ -58,57 +64,52 @@ def run(step, params, ids, at, mask=None, taps=()):
 
 @functools.partial(jax.jit, static_argnames=("step",))
 def run_cached(step, params, ids, at, cache):
-    """Logits of one chunk, and the cache with the chunk committed."""
+    """Hidden states of one chunk, and the cache with the chunk committed."""
     output, block = step(params, ids, at, cache)
     batch, size = ids.shape
     path = jnp.broadcast_to(jnp.arange(size), (batch, size))
-    return step.head(params, output.hidden), kv.commit(cache, block, path, jnp.full(batch, size, jnp.int32))
+    return output.hidden, kv.commit(cache, block, path, jnp.full(batch, size, jnp.int32))
 
 
 def positions(batch: int, start: int, stop: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
 
 
-def run_in_chunks(step, params, ids, borders):
-    """Logits of `ids` fed in chunks, each committed before the next."""
-    batch, length = ids.shape
-    cache, logits = step.new_cache(batch, length), []
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
-        chunk, cache = run_cached(step, params, ids[:, start:stop], positions(batch, start, stop), cache)
-        logits.append(chunk)
-    return jnp.concatenate(logits, 1)
+IDS = np.random.default_rng(2).integers(0, 61, (2, 12))
 
 
-def test_cached_equals_uncached_in_any_split(model):
+@pytest.mark.parametrize("borders", [(0, 6, 12), (0, 6, 7, 8, 9, 10, 11, 12)], ids=["halves", "steps"])
+def test_cached_equals_uncached_in_any_split(model, borders):
     step, params = model
-    ids = jax.random.randint(jax.random.key(2), (2, 13), 0, 61)
-    expected = step.head(params, run(step, params, ids, positions(2, 0, 13)).hidden)
-    for borders in ((0, 13), (0, 5, 6, 13)):
-        np.testing.assert_allclose(run_in_chunks(step, params, ids, borders), expected, atol=2e-5)
+    expected = run(step, params, IDS, positions(2, 0, 12)).hidden
+    cache, got = jax.jit(step.new_cache, static_argnums=(0, 1))(2, 12), []
+    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        hidden, cache = run_cached(step, params, IDS[:, start:stop], positions(2, start, stop), cache)
+        got.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(got, 1), expected, atol=2e-5)
 
 
 def test_padding_changes_nothing(model):
     step, params = model
-    ids = jax.random.randint(jax.random.key(3), (2, 9), 0, 61)
-    alone = run(step, params, ids[:1, :6], positions(1, 0, 6))
-    padded = jnp.where(jnp.arange(9) < jnp.array([[6], [9]]), positions(2, 0, 9), -1)
-    ragged = run(step, params, ids, padded)
-    np.testing.assert_allclose(ragged.hidden[0, :6], alone.hidden[0], atol=1e-5)
+    whole = run(step, params, IDS, positions(2, 0, 12)).hidden
+    padded = jnp.where(jnp.arange(12) < jnp.array([[6], [12]]), positions(2, 0, 12), -1)
+    ragged = run(step, params, np.where(padded < 0, 60, IDS), padded).hidden
+    np.testing.assert_allclose(ragged[0, :6], whole[0, :6], atol=1e-5)
+    np.testing.assert_allclose(ragged[1], whole[1], atol=1e-5)
 
 
 def test_packed_documents_do_not_see_each_other(model):
     step, params = model
-    ids = jax.random.randint(jax.random.key(4), (1, 10), 0, 61)
-    packed_positions = jnp.concatenate([positions(1, 0, 4), positions(1, 0, 6)], 1)
-    segments = ops.Segments(jnp.array([[0] * 4 + [1] * 6]))
-    packed = run(step, params, ids, packed_positions, segments)
-    second = run(step, params, ids[:, 4:], positions(1, 0, 6))
-    np.testing.assert_allclose(packed.hidden[:, 4:], second.hidden, atol=1e-5)
+    packed_positions = jnp.concatenate([positions(2, 0, 4), positions(2, 0, 8)], 1)
+    segments = ops.Segments(jnp.array([[0] * 4 + [1] * 8] * 2))
+    packed = run(step, params, IDS, packed_positions, segments).hidden
+    alone = jnp.where(packed_positions == jnp.arange(12) - 4, packed_positions, -1)  # the first document as padding
+    np.testing.assert_allclose(packed[:, 4:], run(step, params, IDS, alone).hidden[:, 4:], atol=1e-5)
 
 
 def test_taps_and_embedding_inputs():
     step = Step(BASE)
-    params = step.init(jax.random.key(0))
+    params = params_of(step)
     ids = jnp.arange(6)[None]
     output = run(step, params, ids, positions(1, 0, 6), taps=(0, 1))
     embedded = run(step, params, params["embedding"][ids], positions(1, 0, 6))
@@ -118,7 +119,7 @@ def test_taps_and_embedding_inputs():
 
 def test_bidirectional_mask_sees_ahead():
     step = Step(BASE)
-    params = step.init(jax.random.key(0))
+    params = params_of(step)
     ids = jnp.arange(6)[None]
     changed = ids.at[0, 5].set(60)
     hidden = [run(step, params, x, positions(1, 0, 6), ops.Bidirectional()).hidden for x in (ids, changed)]
@@ -142,7 +143,7 @@ def test_routing_against_a_loop():
 
 def test_wrong_shape_names_the_weight():
     step = Step(BASE)
-    params = step.init(jax.random.key(0))
+    params = params_of(step)
     params["layers_1"]["mlp"]["up"] = jnp.zeros((32, 47))
     with pytest.raises(InputError, match=r"layers_1/mlp/up: got shape \(32, 47\), the configuration needs \(32, 48\)"):
         step(params, jnp.zeros((1, 2), jnp.int32), positions(1, 0, 2))

@@ -104,5 +104,5 @@ class Config:
 
 
 def end_tokens(step: Step) -> tuple[int, ...]:
-    """The model's own end tokens: `step.eos`, else `step.config.eos`; none where a brought model says nothing."""
-    return getattr(step, "eos", getattr(getattr(step, "config", None), "eos", ()))
+    """The model's own end tokens, `step.eos`; none where a brought model has no such attribute."""
+    return getattr(step, "eos", ())

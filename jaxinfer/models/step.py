@@ -52,6 +52,11 @@ class Step:
         """Rows of the head."""
         return self.config.vocab_size
 
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Token ids that end an output."""
+        return self.config.eos
+
     def __call__(
         self, params, inputs, positions, cache: kv.Cache | None = None, block=None, at=0, mask=None, *, taps=()
     ) -> tuple[Output, tuple[Any, ...] | None]:
