@@ -8,6 +8,7 @@ from jaxinfer import decode, quant
 from jaxinfer.decode import run as host
 from jaxinfer.decode.language_model import load
 from jaxinfer.decode.sampling import Features
+from jaxinfer.decode.types import Reason
 from jaxinfer.errors import CheckpointError, InputError
 from jaxinfer.sharding.rules import TENSOR, shardings
 
@@ -107,19 +108,17 @@ def test_stop_strings_cut_text_tokens_and_logprobs(lm, greedy):
     assert stopped.tokens == greedy[0].tokens[: len(stopped.tokens)]
     assert stop in lm.tokenizer.decode(stopped.tokens)
     assert "".join(lm.stream(PROMPTS[0], max_tokens=24, logprobs=2, stop=[stop])) == full[:where]
-    late = lm.generate(PROMPTS[0], max_tokens=24, logprobs=2, stop=stop, min_tokens=24)
-    assert len(late.tokens) == 24
+    (row,) = lm._prepare(PROMPTS[:1], lm_params(max_tokens=24, stop=stop, min_tokens=24))
+    late = host.Answer(row, lm.codec)
+    late.take(greedy[0].tokens, Reason.LENGTH)
+    assert (len(late.tokens), late.text, late.reason) == (24, full, "length")
 
 
-def test_sampling_follows_seed_and_place(lm):
-    options = dict(max_tokens=12, temperature=1.0, n=2)
-    one = lm.generate(["a", "b"], seed=3, **options)
-    again = lm.generate(["a", "b"], seed=3, **options)
-    other = lm.generate(["a", "b"], seed=4, **options)
-    texts = [[c.tokens for c in group] for group in one]
-    assert texts == [[c.tokens for c in group] for group in again]
-    assert texts != [[c.tokens for c in group] for group in other]
-    assert texts[0][0] != texts[0][1]
+def test_sampling_follows_the_seed(lm):
+    one, again, other = (lm.generate("a", seed=seed, max_tokens=12, temperature=1.0, n=2) for seed in (3, 3, 4))
+    assert [c.tokens for c in one] == [c.tokens for c in again]
+    assert [c.tokens for c in one] != [c.tokens for c in other]
+    assert one[0].tokens != one[1].tokens
 
 
 def test_seeds_have_64_bits():
@@ -134,11 +133,12 @@ def test_groups_keep_the_order(lm, greedy):
 
 
 def test_draft_model_changes_no_token(drafted, greedy):
-    answers = drafted.generate(PROMPTS, max_tokens=24)
-    assert [a.tokens for a in answers] == [a.tokens for a in greedy]
-    assert all(a.stats.proposed > 0 for a in answers)
-    plain = drafted.generate(PROMPTS, max_tokens=24, logprobs=2, drafter=decode.Autoregressive())
-    assert plain[0].stats.proposed == 0
+    """The draft model is used by default, and only then."""
+    answer = drafted.generate(PROMPTS[0], max_tokens=24)
+    assert answer.tokens == greedy[0].tokens
+    assert answer.stats.proposed > 0
+    plain = drafted.generate(PROMPTS[0], max_tokens=24, logprobs=2, drafter=decode.Autoregressive())
+    assert plain.stats.proposed == 0
 
 
 def test_quantized_as_it_is_loaded(tiny_model, lm):
