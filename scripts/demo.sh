@@ -12,5 +12,5 @@ run() {
   "${VENV:-.venv}/bin/jaxinfer" "$@"
 }
 
-run generate --prompt 'def read_json(path):' --max-tokens 96
+run generate --prompt 'def read_json(path):' --max-tokens 96 --temperature 0.7 --top-p 0.95 --seed 1
 run compare --methods plain,draft:gamma=2,draft:gamma=4 --max-tokens 128
