@@ -10,6 +10,8 @@ from jaxinfer.decode import Config, DraftModel, keys
 from jaxinfer.errors import InputError
 from tests import toy
 
+pytestmark = pytest.mark.smoke
+
 V, ROOM = 7, 9
 MODEL = toy.Attentive(V)
 PARAMS, OTHER = MODEL.params(0), MODEL.params(1)

@@ -16,6 +16,8 @@ from jaxinfer.models import Step
 from jaxinfer.models.hf import _abstract, load_config, load_directory
 from jaxinfer.models.hf_names import places
 
+pytestmark = pytest.mark.smoke
+
 GOLDENS = Path(__file__).parent / "goldens"
 make = runpy.run_path(str(GOLDENS / "make.py"))
 PROMPTS, STEPS, TOTAL = make["PROMPTS"], make["STEPS"], make["TOTAL"]

@@ -14,6 +14,8 @@ from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models import ModelConfig, Step, config_from_hf, config_to_hf
 from jaxinfer.models.moe import route
 
+pytestmark = pytest.mark.smoke
+
 BASE = ModelConfig(
     vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48, max_length=64
 )

@@ -10,6 +10,8 @@ import pytest
 from jaxinfer import ops, quant
 from jaxinfer.errors import ConfigError, InputError
 
+pytestmark = pytest.mark.smoke
+
 K, N, E, M = 24, 16, 3, 10
 SIZES = jnp.array([4, 0, 6], jnp.int32)
 
