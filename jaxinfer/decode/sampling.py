@@ -22,11 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jaxinfer.decode.draw import first_max
 from jaxinfer.decode.filters import largest_count, nucleus
 from jaxinfer.decode.types import Sequence, Slots
 from jaxinfer.errors import ConfigError, InputError
+
+Values = ArrayLike | list[int] | list[float] | tuple[int, ...]
 
 
 @struct.dataclass
@@ -54,19 +57,19 @@ class Sampling:
         cls,
         batch: int,
         *,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        min_tokens=0,
-        max_tokens=128,
-        bias_ids=(),
-        bias_values=(),
-        forced=(),
-        eos=(),
+        temperature: ArrayLike = 0.0,
+        top_k: ArrayLike = 0,
+        top_p: ArrayLike = 1.0,
+        min_p: ArrayLike = 0.0,
+        repetition_penalty: ArrayLike = 1.0,
+        presence_penalty: ArrayLike = 0.0,
+        frequency_penalty: ArrayLike = 0.0,
+        min_tokens: ArrayLike = 0,
+        max_tokens: ArrayLike = 128,
+        bias_ids: Values = (),
+        bias_values: Values = (),
+        forced: Values = (),
+        eos: Values = (),
     ) -> Sampling:
         """Parameters of `batch` rows, each a number for all rows or an array that leads with `batch`.
 
