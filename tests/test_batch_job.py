@@ -339,3 +339,16 @@ def test_two_thousand_prompts_killed_ten_times(tmp_path):
         process.communicate()
     ends(worker(output, rows, slots=32), 0)
     assert output.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("max_length, longest, bad", [(700, 50, 1), (None, 2017, 0)])
+def test_one_overlong_prompt_does_not_widen_every_slot(tmp_path, max_length, longest, bad):
+    """It will be an error row, so it is no reason for slots of its length; without the model's length it counts."""
+    rows = tmp_path / "rows.jsonl"
+    prompts = ["a" * 33, "b" * 2000, "c"]
+    rows.write_text("".join(json.dumps({"id": i, "prompt": p, "max_tokens": 16}) + "\n" for i, p in enumerate(prompts)))
+    seen = []
+    options = {"codec": fakes.Codec(), "max_length": max_length, "settings": lambda survey: seen.append(survey) or {}}
+    fakes.open_job(tmp_path / "out.jsonl", [rows], **options)
+    [survey] = seen
+    assert (survey.length, survey.bad) == (longest, bad)

@@ -292,6 +292,7 @@ def open_job(
     defaults: SamplingParams | None = None,
     seed: int | None = None,
     codec: Codec | None = None,
+    max_length: int | None = None,
     force_new: bool = False,
     shard_rows: int = manifest.SHARD_ROWS,
     lease_seconds: float = LEASE_SECONDS,
@@ -302,9 +303,10 @@ def open_job(
     """Begins a job, or resumes the one whose folder stands beside `output`.
 
     `fingerprint` names everything that the answers depend on besides the inputs (model, versions, device); the
-    defaults and the seed are added to it. `settings` chooses the executable's constants from the survey of the rows,
-    for the first worker only. Raises JobError when there is a job here of other inputs or another fingerprint (what
-    changed is named), or a finished file; `force_new` puts both aside under a new name. Nothing is ever deleted.
+    defaults and the seed are added to it. `settings` chooses the executable's constants from the survey of the rows
+    (those whose prompt is shorter than `max_length`, where given), for the first worker only. Raises JobError when
+    there is a job here of other inputs or another fingerprint (what changed is named), or a finished file;
+    `force_new` puts both aside under a new name. Nothing is ever deleted.
     """
     disk = disk or Disk()
     defaults = defaults or SamplingParams()
@@ -334,6 +336,7 @@ def open_job(
             seed=seed,
             settings=settings,
             codec=codec,
+            max_length=max_length,
             shard_rows=shard_rows,
             longest=longest,
             progress=progress,

@@ -140,11 +140,15 @@ def make(
     seed: int | None,
     settings: Callable[[Survey], Mapping[str, Any]],
     codec: Codec | None = None,
+    max_length: int | None = None,
     shard_rows: int = SHARD_ROWS,
     longest: int = files.LONGEST_LINE,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Reads the inputs and plans the job. With `codec`, prompts are tokenized to learn their lengths.
+
+    A prompt of `max_length` tokens or more leaves no room for an answer: such a row is surveyed as bad, so that one
+    of them does not widen every slot.
 
     Without `seed` the run's seed, for rows that have none, follows from the inputs, so that the same job gives the
     same file again.
@@ -167,7 +171,7 @@ def make(
             row = parse_row(record.data, where=where, defaults=defaults, problem=record.problem)
             ids += hashlib.blake2b(identity(row.id), digest_size=16).digest()
             numbers.append(record.number)
-            survey = _surveyed(survey, row, codec)
+            survey = _surveyed(survey, row, codec, max_length)
             if progress is not None:
                 progress(len(numbers))
         if pending:
@@ -206,10 +210,12 @@ def _shard(index: int, file: int, records: Sequence[files.Record]) -> Shard:
     return Shard(index, file, records[0].number, records[0].start, len(records), files.digest_records(records))
 
 
-def _surveyed(survey: Survey, row: Request | BadRow, codec: Codec | None) -> Survey:
+def _surveyed(survey: Survey, row: Request | BadRow, codec: Codec | None, max_length: int | None) -> Survey:
     if isinstance(row, Request):
         try:
-            return survey.add(row, len(encode_prompt(row, codec)) if codec is not None else 0)
+            tokens = len(encode_prompt(row, codec)) if codec is not None else 0
+            if max_length is None or tokens < max_length:
+                return survey.add(row, tokens)
         except JaxinferError:
             pass
     return dataclasses.replace(survey, rows=survey.rows + 1, bad=survey.bad + 1)

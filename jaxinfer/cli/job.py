@@ -133,7 +133,8 @@ def run(asked: Asked) -> int:
         job = open_job(
             asked.output, asked.inputs, fingerprint=identity.fingerprint(asked, plan), defaults=asked.sampling,
             settings=lambda survey: _settings(asked, plan, survey, width).to_json(), seed=asked.seed,
-            codec=plan.codec, force_new=asked.force_new, progress=lambda rows: tell(rows, None),
+            codec=plan.codec, max_length=plan.step.config.max_length, force_new=asked.force_new,
+            progress=lambda rows: tell(rows, None),
         )  # fmt: skip
     if job.finished:
         note(f"{asked.output}: finished before, {job.totals().rows} rows")
