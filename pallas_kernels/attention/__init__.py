@@ -1,0 +1,4 @@
+"""Attention kernels: every op returns `(out, lse)`, so that parts merge exactly (`combine`).
+
+Stability: experimental.
+"""
