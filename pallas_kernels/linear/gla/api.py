@@ -1,0 +1,137 @@
+"""Gated linear attention: causal linear attention in which every channel forgets as much as each token says.
+
+    o_t = scale q_t S_t,        S_t = diag(exp(log_gate_t)) S_{t-1} + k_t^T v_t
+
+Time and memory are linear in length, and a token of decoding costs one state, whatever came before. Yang et al., Gated
+Linear Attention Transformers with Hardware-Efficient Training, 2023 (arXiv 2312.06635). `scale` is 1/sqrt(K) unless
+given. In the paper's layer log_gate is logsigmoid(x W1 W2 + b) / 16.
+
+Stability: experimental.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxinfer.pallas_kernels._core import check
+from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
+from jaxinfer.pallas_kernels._core.errors import argument_error
+from jaxinfer.pallas_kernels.linear import arguments
+from jaxinfer.pallas_kernels.linear.gla import blocked, ref
+
+Array = jax.Array
+OP = "gla"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static about a call."""
+
+    batch: int
+    heads: int
+    length: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    scale: float
+    block: int | None
+    interpret: bool
+
+
+def gla(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_gate: Array,
+    *,
+    state: Array | None = None,
+    lengths: Array | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """q, k [B, H, T, K], v [B, H, T, V], log_gate [B, H, T, K] -> out [B, H, T, V], the final state f32 [B, H, K, V].
+
+    q, k and v share a dtype (float32, bfloat16 or float16), which is out's; the state is float32. `log_gate` (that
+    dtype or float32) is the natural logarithm of each channel's decay, at most 0 and down to -inf. `state` is what came before (zeros if None). Of row b only the
+    first `lengths[b]` tokens count: behind them out is 0 and the state stays. `impl` names a form (`ref`, `blocked`,
+    `tpu`, `gpu`), `block` the tokens in a chunk (a power of two). Differentiable in all arrays but `lengths`.
+
+    Raises ArgumentError before tracing for ranks, sizes, dtypes and values that do not fit, and UnsupportedError
+    where the form named cannot serve.
+    """
+    sizes = arguments.sequences(OP, q, k, v, state, lengths)
+    _check_gate(OP, log_gate, "B H T K", q)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    arguments.real(OP, scale=scale)
+    check.positive(OP, block=block)
+    if block is not None and block & (block - 1):
+        raise argument_error(OP, "block", block, "a power of two")
+    call = Call(*(sizes[x] for x in "BHTKV"), str(q.dtype), float(scale), block, interpret)
+    k, log_gate = arguments.keep_valid(k, lengths), arguments.keep_valid(log_gate, lengths)
+    out, final = _gla(call, impl, q, k, v, log_gate, arguments.initial(state, sizes))
+    return arguments.keep_valid(out, lengths), final
+
+
+def gla_step(
+    q: Array, k: Array, v: Array, log_gate: Array, state: Array, *, scale: float | None = None
+) -> tuple[Array, Array]:
+    """One token: q, k [B, H, K], v [B, H, V], log_gate [B, H, K], state f32 [B, H, K, V] -> out, state.
+
+    Bound by the state's bytes, which XLA reads and writes once; no kernel can do less. Raises as `gla` does.
+    """
+    op = "gla_step"
+    sizes = check.shapes(op, q=(q, "B H K"), k=(k, "B H K"), v=(v, "B H V"), state=(state, "B H K V"))
+    check.dtypes(op, q=q, k=k, v=v)
+    check.dtypes(op, ("float32",), state=state)
+    _check_gate(op, log_gate, "B H K", q)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    arguments.real(op, scale=scale)
+    return arguments.one_token(q, k, v, jnp.exp(log_gate.astype(jnp.float32))[..., None], state, scale)
+
+
+def _check_gate(op: str, log_gate: Array, pattern: str, q: Array) -> None:
+    check.shapes(op, q=(q, pattern), log_gate=(log_gate, pattern))
+    check.dtypes(op, ("float32", str(q.dtype)), log_gate=log_gate)
+    if not isinstance(log_gate, Tracer | jax.ShapeDtypeStruct) and not bool((log_gate <= 0).all()):
+        raise argument_error(op, "log_gate", float(log_gate.max()), "logarithms of decays, at most 0")
+
+
+FORWARD = (
+    Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
+    Form("ref", lambda call, *x: ref.recurrent(*x, scale=call.scale), automatic=False),
+)
+
+
+def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    *primals, d_out, d_state = arrays
+    return jax.vjp(functools.partial(ref.recurrent, scale=call.scale), *primals)[1]((d_out, d_state))
+
+
+BACKWARD = (
+    Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),
+    Form("ref", _ref_backward, automatic=False),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gla(call: Call, impl: str | None, *arrays: Array) -> Any:
+    return dispatch(OP, FORWARD, call, *arrays, impl=impl)
+
+
+def _save(call: Call, impl: str | None, *arrays: Array) -> Any:
+    return _gla(call, impl, *arrays), arrays
+
+
+def _grads(call: Call, impl: str | None, arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
+    return tuple(dispatch(f"{OP} backward", BACKWARD, call, *arrays, *cotangents, impl=impl))
+
+
+_gla.defvjp(_save, _grads)
