@@ -24,7 +24,7 @@ from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.attention.decode import blocked, ref
 from jaxinfer.pallas_kernels.attention.decode.call import Call, Store, cuts_groups
-from jaxinfer.pallas_kernels.attention.decode.codes import Codes
+from jaxinfer.pallas_kernels.attention.decode.codes import BITS, Codes
 
 # A sum of exp(score - unified_max) within exp(+-60) has neither overflowed nor lost any term that matters in float32.
 SAFE = 60.0
@@ -65,8 +65,8 @@ def decode(
     `alibi[h] * distance` (slopes f32[H]). With `window`, a query sees its own position and the `window - 1` before.
     `transposed`: the keys are `[B, G, d, C]`. `k` and `v` are arrays of one dtype, or `Codes` each of its own layout.
 
-    `unified_max`: FlashDecoding++'s constant, near the largest scores; the result stays exact. `invariant`: a row's bits
-    do not depend on the other rows, at the price of an uneven split. `block`: tokens of the cache at a time.
+    `unified_max`: FlashDecoding++'s constant, near the largest scores; the result stays exact. `invariant`: a row's
+    bits do not depend on the other rows, at the price of an uneven split. `block`: tokens of the cache at a time.
     Differentiable in q, k, v, scales, offsets and slopes. `impl`: "blocked", "tpu", "gpu" or "ref".
 
     Raises ArgumentError for shapes, dtypes, options or known lengths that do not fit, before anything is traced;
@@ -98,7 +98,8 @@ def decode(
     call = Call(
         batch=batch, heads=heads, groups=groups, queries=sizes["T"], capacity=capacity, dim=sizes["d"],
         dtype=str(q.dtype), keys=_store("k", k, sizes, transposed), values=_store("v", v, sizes, False),
-        transposed=transposed, alibi=alibi is not None, invariant=invariant, block=block, interpret=interpret, **options,
+        transposed=transposed, alibi=alibi is not None, invariant=invariant, block=block, interpret=interpret,
+        **options,
     )  # fmt: skip
     if block is not None and (reason := cuts_groups(call, block)):
         raise argument_error("decode", "block", block, f"blocks that fit the codes: {reason}")
@@ -172,7 +173,8 @@ def _sizes(q, k, v, transposed: bool) -> dict[str, int]:
         if not isinstance(x, Codes):
             continue
         shape = named[name][0].shape
-        check.choice("decode", f"{name}.bits", x.bits, {8: None, 4: None})
+        if x.bits not in BITS:
+            raise argument_error("decode", f"{name}.bits", x.bits, "8 or 4")
         check.dtypes("decode", ("int8",) if x.bits == 8 else ("uint8",), **{f"{name}.values": x.values})
         for part, constants in (("scale", x.scale), ("offset", x.offset)):
             if constants is None:

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.pallas_kernels.attention.decode.codes import Codes, numbers
+from jaxinfer.pallas_kernels.attention.decode.codes import Codes, halves
 
 # Finite stand-ins for -inf inside a softmax, so that an empty row stays free of NaN, forward and backward. A running
 # maximum starts between the masked scores and all real ones: exp(MASKED - FLOOR) is 0, with no second mask.
@@ -20,7 +20,7 @@ MASKED, FLOOR = -1e30, -5e29
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """How keys or values are kept: "float32", ..., "int8" or "int4"; tokens and channels of a group; offsets or none."""
+    """How keys or values are kept: "float32", ..., "int8", "int4"; tokens and channels of a group; offsets or none."""
 
     kind: str
     tokens: int = 0
@@ -61,6 +61,11 @@ class Call:
         """Query heads of a key head."""
         return self.heads // self.groups
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers the keys are."""
+        return self.batch * self.groups * self.capacity * self.dim
+
     def block_near(self, tokens: int) -> int:
         """A block of about so many tokens that cuts no group of codes, or is cut by none; the caller's own if given."""
         if self.block is not None:
@@ -82,7 +87,7 @@ def cuts_groups(call: Call, block: int) -> str | None:
 
 def visible(call: Call, at: jax.Array, lengths: jax.Array, positions: jax.Array) -> jax.Array:
     """Who sees whom: key positions `at`, live lengths and query positions broadcast to `bool[..., T, C]`."""
-    seen = (at < lengths) & (at <= positions)
+    seen = at <= jnp.minimum(positions, lengths - 1)
     return seen if call.window is None else seen & (at > positions - call.window)
 
 
@@ -103,6 +108,19 @@ def normalize(peak: jax.Array, total: jax.Array, out: jax.Array) -> tuple[jax.Ar
     return out / divisor[..., None], jnp.where(live, peak + jnp.log(divisor), -jnp.inf)
 
 
-def floats(x: jax.Array | Codes, channel_axis: int) -> jax.Array:
-    """Keys or values as float32 numbers."""
-    return numbers(x, channel_axis) if isinstance(x, Codes) else x.astype(jnp.float32)
+def key_products(q: jax.Array, k: jax.Array | Codes, transposed: bool) -> jax.Array:
+    """Queries `[..., M, d]` times keys `[..., c, d]` (`[..., d, c]` if transposed), float32 `[..., M, c]`."""
+    product = "...md,...dc->...mc" if transposed else "...md,...cd->...mc"
+    parts = _as_they_lie(k, -2 if transposed else -1)
+    raw = [jnp.einsum(product, x, part) for x, part in zip(jnp.split(q, len(parts), -1), parts, strict=True)]
+    return sum(raw[1:], raw[0])
+
+
+def value_products(weight: jax.Array, v: jax.Array | Codes) -> jax.Array:
+    """Weights `[..., M, c]` times values `[..., c, d]`, float32 `[..., M, d]`."""
+    return jnp.concatenate([jnp.einsum("...mc,...cd->...md", weight, part) for part in _as_they_lie(v, -1)], -1)
+
+
+def _as_they_lie(x: jax.Array | Codes, channel_axis: int) -> list[jax.Array]:
+    """Keys or values as float32 numbers, in halves of the channels if two share a byte."""
+    return halves(x, channel_axis) if isinstance(x, Codes) else [x.astype(jnp.float32)]

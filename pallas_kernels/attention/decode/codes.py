@@ -19,7 +19,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.errors import argument_error
 
 BITS = (8, 4)
@@ -41,10 +40,27 @@ class Codes:
 
 def numbers(codes: Codes, channel_axis: int = -1) -> jax.Array:
     """The float32 numbers that codes stand for; `channel_axis` is -1, or -2 of transposed keys."""
-    values = codes.values if codes.bits == 8 else unpack(codes.values, channel_axis)
-    scale = _spread(codes.scale, values.shape)
-    x = values.astype(jnp.float32) * scale
-    return x if codes.offset is None else x + _spread(codes.offset, values.shape)
+    return jnp.concatenate(halves(codes, channel_axis), channel_axis)
+
+
+def halves(codes: Codes, channel_axis: int = -1) -> list[jax.Array]:
+    """The numbers as they lie: all channels of 8-bit codes; the first and the second half of the channels of 4-bit."""
+    if codes.bits == 8:
+        parts = [codes.values]
+    else:
+        parts = list(unpack(codes.values))
+
+    def constants(x: jax.Array) -> list[jax.Array]:
+        if len(parts) == 1 or x.shape[channel_axis] == 1:
+            return [_spread(x, parts[0].shape)] * len(parts)
+        shape = list(parts[0].shape)
+        shape[channel_axis] *= 2
+        return jnp.split(_spread(x, tuple(shape)), 2, channel_axis)
+
+    scaled = [part.astype(jnp.float32) * s for part, s in zip(parts, constants(codes.scale), strict=True)]
+    if codes.offset is None:
+        return scaled
+    return [part + o for part, o in zip(scaled, constants(codes.offset), strict=True)]
 
 
 def pack(values: jax.Array, channel_axis: int = -1) -> jax.Array:
@@ -53,10 +69,10 @@ def pack(values: jax.Array, channel_axis: int = -1) -> jax.Array:
     return (low & 15) | (high << 4)
 
 
-def unpack(packed: jax.Array, channel_axis: int = -1) -> jax.Array:
-    """The inverse of `pack`: int8 codes `[..., d]`."""
-    signed = packed.view(jnp.int8)
-    return jnp.concatenate([(signed << 4) >> 4, signed >> 4], axis=channel_axis)
+def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `pack`: int32 codes `[..., d/2]` of the first half of the channels, and of the second."""
+    wide = packed.astype(jnp.int32)
+    return ((wide & 15) ^ 8) - 8, ((wide >> 4) ^ 8) - 8
 
 
 def quantize(
@@ -74,7 +90,8 @@ def quantize(
     2^bits - 1 steps. `transposed`: `x` and the codes are `[B, G, d, C]`. A constant group is exact with an offset.
     Raises ArgumentError for groups that do not divide the axes.
     """
-    check.choice("quantize", "bits", bits, {b: None for b in BITS})
+    if bits not in BITS:
+        raise argument_error("quantize", "bits", bits, "8 or 4")
     axes = (-1, -2) if transposed else (-2, -1)
     sizes = {"tokens": (tokens, x.shape[axes[0]]), "channels": (channels or x.shape[axes[1]], x.shape[axes[1]])}
     for name, (group, size) in sizes.items():
@@ -95,8 +112,8 @@ def quantize(
         code = jnp.clip(jnp.round((tiles - low) / jnp.where(scale > 0, scale, 1.0)) - top, -top, top - 1)
     values = code.astype(jnp.int8).reshape(x.shape)
     values = pack(values, axes[1]) if bits == 4 else values
-    squeeze = [None if c is None else c.reshape(*lead, height // rows, width // columns) for c in (scale, offset)]
-    return Codes(values, squeeze[0], squeeze[1], bits)
+    constants = (*lead, height // rows, width // columns)
+    return Codes(values, scale.reshape(constants), None if offset is None else offset.reshape(constants), bits)
 
 
 def _spread(constants: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.pallas_kernels.attention.decode.call import Call, floats
+from jaxinfer.pallas_kernels.attention.decode.call import Call
+from jaxinfer.pallas_kernels.attention.decode.codes import Codes, numbers
 
 
 def attend(call: Call, q, k, v, lengths, positions, slopes) -> tuple[jax.Array, jax.Array]:
     """As `decode`: every query head with its own copy of its key head."""
-    k, v = floats(k, -2 if call.transposed else -1), floats(v, -1)
+    k = numbers(k, -2 if call.transposed else -1) if isinstance(k, Codes) else k
+    v = numbers(v) if isinstance(v, Codes) else v
     k = jnp.swapaxes(k, 2, 3) if call.transposed else k
-    k, v = (jnp.repeat(x, call.repeat, axis=1) for x in (k, v))
+    k, v = (jnp.repeat(x.astype(jnp.float32), call.repeat, axis=1) for x in (k, v))
     score = jnp.einsum("bhtd,bhcd->bhtc", q.astype(jnp.float32), k, precision="highest") * call.scale
     if call.softcap is not None:
         score = call.softcap * jnp.tanh(score / call.softcap)

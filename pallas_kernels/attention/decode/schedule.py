@@ -1,10 +1,10 @@
 """The stream-K split of LeanAttention: equal work for every worker, whatever the lengths in the batch.
 
-Sanovar et al. 2024, "Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of Transformers",
-arXiv 2405.10480. The blocks of all items (a row, or a row and a head) stand in one sequence, item after item; worker w
-takes the w-th of equal runs of it. A run may end inside an item, so an item's result is the merge of its workers' parts.
-Worker w's part of item i is kept at slot i + w: along the sequence either i or w grows from one part to the next, so
-that no two parts share a slot and items + workers - 1 slots are enough.
+Sanovar et al. 2024, "Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of
+Transformers", arXiv 2405.10480. The blocks of all items (a row, or a row and a head) stand in one sequence, item after
+item; worker w takes the w-th of equal runs of it. A run may end inside an item, so an item's result is the merge of its
+workers' parts. Worker w's part of item i is kept at slot i + w: along the sequence either i or w grows from one part to
+the next, so that no two parts share a slot and items + workers - 1 slots are enough.
 
 Stability: internal.
 """
