@@ -2,3 +2,7 @@
 
 Stability: experimental.
 """
+
+from jaxinfer.pallas_kernels.attention.flash.api import flash
+
+__all__ = ["flash"]

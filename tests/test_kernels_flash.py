@@ -1,0 +1,129 @@
+"""Flash attention: every form is the plain softmax, forward and backward, for all masks, lengths and head groups."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels.attention.combine import combine
+from jaxinfer.pallas_kernels.attention.flash import api, flash
+from tests.kernel_checks import assert_close, error, normal
+
+# name -> (B, H, G, T, S, d, e), options. Lengths that are no multiples of blocks, and rows that see nothing.
+CASES = {
+    "full": ((2, 4, 4, 24, 40, 16, 16), {}),
+    "causal, grouped, more keys": ((1, 4, 2, 40, 104, 16, 24), {"causal": True}),
+    "causal, more queries than keys": ((1, 2, 1, 48, 24, 16, 16), {"causal": True}),
+    "window": ((1, 2, 2, 72, 72, 16, 16), {"causal": True, "window": 9}),
+    "window on both sides, softcap": ((1, 2, 1, 56, 72, 16, 16), {"window": 13, "softcap": 5.0}),
+    "ragged, alibi, softcap": (
+        (3, 4, 2, 40, 56, 16, 16),
+        {"causal": True, "softcap": 8.0, "q_lengths": [40, 17, 0], "kv_lengths": [56, 9, 30], "slopes": True},
+    ),
+    "ragged keys": ((2, 2, 2, 16, 80, 8, 8), {"kv_lengths": [0, 33], "scale": 0.7}),
+}
+
+
+def problem(name, dtype="float32"):
+    """`(q, k, v), cotangents, options` of a case."""
+    (b, h, g, t, s, d, e), options = CASES[name]
+    q, k, v, dout = normal(7, (b, h, t, d), (b, g, s, d), (b, g, s, e), (b, h, t, e), dtype=dtype)
+    options = dict(options)
+    for key in ("q_lengths", "kv_lengths"):
+        if key in options:
+            options[key] = jnp.asarray(options[key], jnp.int32)
+    if options.get("slopes"):
+        options["slopes"] = 2.0 ** -jnp.arange(1, h + 1, dtype=jnp.float32)
+    return (q, k, v), (dout, normal(8, (b, h, t))[0]), options
+
+
+def results(name, dtype="float32", **how):
+    """Both results and the three gradients, of one compiled program."""
+    qkv, cotangents, options = problem(name, dtype)
+
+    @jax.jit
+    def run(qkv, cotangents):
+        out, pull = jax.vjp(lambda *x: flash(*x, **options, **how), *qkv)
+        return out, pull(cotangents)
+
+    return run(qkv, cotangents)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocked_is_the_softmax(name):
+    assert_close(results(name, impl="blocked", block=(16, 8)), results(name, impl="ref"), factor=3)
+
+
+@pytest.mark.smoke
+def test_bfloat16_and_default_blocks():
+    name = "ragged, alibi, softcap"
+    assert_close(results(name, "bfloat16"), results(name, "bfloat16", impl="ref"), "bfloat16", factor=2)
+
+
+def test_empty_rows():
+    """A row without keys has lse = -inf, out = 0 and no gradient, and its neighbours are untouched."""
+    (out, lse), (dq, dk, dv) = results("ragged, alibi, softcap", impl="blocked", block=(16, 8))
+    assert np.all(np.asarray(lse[2]) == -np.inf) and not np.any(out[2])
+    assert np.all(np.asarray(lse[1, :, :8]) == -np.inf), "17 queries that end with 9 keys: the first 8 see none"
+    assert np.all(np.isfinite(lse[1, :, 8:17]))
+    assert not np.any(dq[2]) and not np.any(dk[2]) and not np.any(dv[2])
+
+
+def test_parts_combine():
+    """Attention over two halves of the keys, merged, is attention over all of them."""
+    (q, k, v), _, _ = problem("full")
+    halves = [flash(q, k[:, :, at], v[:, :, at]) for at in (slice(0, 13), slice(13, None))]
+    assert_close(combine(halves), flash(q, k, v), factor=2)
+
+
+def test_a_mask_off_by_one_is_caught(monkeypatch):
+    """Negative control: a causal mask that hides the diagonal fails the comparison by far."""
+    name = "causal, grouped, more keys"
+    good = results(name, impl="ref")
+
+    @dataclasses.dataclass(frozen=True)
+    class Off(api.Rules):
+        def visible(self, distance):
+            return distance > 0
+
+    monkeypatch.setattr(api, "Rules", Off)
+    bad = results(name, impl="blocked", block=(16, 8))
+    assert min(error(a, b) for a, b in zip(jax.tree.leaves(bad), jax.tree.leaves(good), strict=True)) > 1e-2
+
+
+def test_memory_is_linear_in_the_length():
+    """Twice the length takes twice the temporary memory of forward and backward, not four times."""
+
+    def temporary(length):
+        f = jax.jit(jax.grad(lambda q, k, v: flash(q, k, v, causal=True, block=(64, 64))[0].sum(), (0, 1, 2)))
+        x = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32)
+        return f.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 2.2 * temporary(4096)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": jnp.zeros((1, 3, 8, 16)), "v": jnp.zeros((1, 3, 8, 16))}, "k: got 3 heads.*divides the 4 heads"),
+        ({"v": jnp.zeros((1, 2, 9, 16))}, r"v: got \[1, 2, 9, 16\]"),
+        ({"q": jnp.zeros((4, 8, 16))}, r"q: got \[4, 8, 16\], accepts an array \[B, H, T, d\]"),
+        ({"q": jnp.zeros((1, 4, 8, 16), jnp.int32)}, "q: got int32"),
+        ({"k": jnp.zeros((1, 2, 8, 16), jnp.bfloat16)}, "k: got bfloat16, accepts the dtype of q"),
+        ({"window": 0}, "window: got 0"),
+        ({"softcap": -1.0}, "softcap: got -1.0"),
+        ({"kv_lengths": np.array([9])}, r"kv_lengths\[0\]: got 9, accepts 0 to 8"),
+        ({"q_lengths": np.array([1.0])}, "q_lengths: got float64, accepts integers"),
+        ({"slopes": jnp.zeros(3)}, "slopes: got"),
+        ({"block": (64,)}, "block: got"),
+        ({"impl": "nope"}, "impl: got 'nope', accepts .*'blocked'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"q": jnp.zeros((1, 4, 8, 16)), "k": jnp.zeros((1, 2, 8, 16)), "v": jnp.zeros((1, 2, 8, 16))} | change
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    with pytest.raises(ArgumentError, match=message):
+        flash(q, k, v, **arguments)
