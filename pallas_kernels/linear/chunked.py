@@ -40,8 +40,8 @@ class Rule:
     """What a gated rule adds to the chain. Arrays are [B, H, G, C, channels]; `gate` is what `gates` gave.
 
     `gates(chunk)`: the gates of the group that starts at chunk number `chunk`.
-    `inside(q, k, v, gate)` -> f32 output; `inside_grad(q, k, v, gate, do)` -> f32 dq, dk, dv. What they compute again of
-    `decays(gate)`, XLA merges.
+    `inside(q, k, v, gate)` -> f32 output; `inside_grad(q, k, v, gate, do)` -> f32 dq, dk, dv. What they compute
+    again of `decays(gate)`, XLA merges.
     `gate_grad(gate, x, boundary)`: the gate's gradient from x = q dq - k dk [B, H, G, C, K] and
     boundary = sum over V of dS' S' [B, H, G, K].
     """
@@ -62,19 +62,19 @@ def product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
 
 def forward(rule: Rule, q: Array, k: Array, v: Array, state: Array, chunk: int, group: int) -> tuple[Array, Array]:
     """out [B, H, T, V] in v's dtype and the final state f32 [B, H, K, V]; T is a multiple of chunk * group."""
-    q, k, v = bits(q), bits(k), bits(v)
-    cut, number = cutter(q, chunk, group)
+    qs, ks, vs = bits(q), bits(k), bits(v)
+    cut, number = cutter(qs, chunk, group)
 
     def step(i: Array, carry: tuple[Array, Bits]) -> tuple[Array, Bits]:
         state, out = carry
-        qc, kc, vc = cut(q, i), cut(k, i), cut(v, i)
+        qc, kc, vc = cut(qs, i), cut(ks, i), cut(vs, i)
         gate = rule.gates(i * group)
         decays = rule.decays(gate)
         state, states = _chain(state, decays.over, _written(kc, vc, decays))
         new = rule.inside(qc, kc, vc, gate) + product(_cast(qc * decays.into, qc), _cast(states, qc), 1, 0)
         return state, _placed(out, new, i)
 
-    state, out = lax.fori_loop(0, number, step, (state, _empty(v)))
+    state, out = lax.fori_loop(0, number, step, (state, _empty(vs)))
     return out.array(), state
 
 
@@ -82,18 +82,18 @@ def backward(
     rule: Rule, q: Array, k: Array, v: Array, state: Array, d_out: Array, d_state: Array, chunk: int, group: int
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients of q, k, v in their dtype, of the initial state in f32, and of each group's gates, stacked."""
-    q, k, v, d_out = bits(q), bits(k), bits(v), bits(d_out)
-    cut, number = cutter(q, chunk, group)
+    qs, ks, vs, ds = bits(q), bits(k), bits(v), bits(d_out)
+    cut, number = cutter(qs, chunk, group)
 
     def states_of(state: Array, i: Array) -> tuple[Array, Array]:
         decays = rule.decays(rule.gates(i * group))
-        return _chain(state, decays.over, _written(cut(k, i), cut(v, i), decays))
+        return _chain(state, decays.over, _written(cut(ks, i), cut(vs, i), decays))
 
     last, states = lax.scan(states_of, state, jnp.arange(number))
 
     def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[Any, Array]:
         (d_state, after, *grads), (i, before) = carry, x
-        qc, kc, vc, dc = cut(q, i), cut(k, i), cut(v, i), cut(d_out, i)
+        qc, kc, vc, dc = cut(qs, i), cut(ks, i), cut(vs, i), cut(ds, i)
         gate = rule.gates(i * group)
         decays = rule.decays(gate)
         dq, dk, dv = rule.inside_grad(qc, kc, vc, gate, dc)
@@ -107,7 +107,7 @@ def backward(
         grads = [_placed(all_, new, i) for all_, new in zip(grads, (dq, dk, dv), strict=True)]
         return (d_state, before[:, :, 0], *grads), d_gate
 
-    carry = (d_state, last, _empty(q), _empty(k), _empty(v))
+    carry = (d_state, last, _empty(qs), _empty(ks), _empty(vs))
     (d_state, _, *grads), d_gate = lax.scan(step, carry, (jnp.arange(number), states), reverse=True)
     dq, dk, dv = (x.array() for x in grads)
     return dq, dk, dv, d_state, d_gate

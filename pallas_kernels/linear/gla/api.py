@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,11 @@ class Call:
     block: int | None
     interpret: bool
 
+    @classmethod
+    def of(cls, sizes: dict[str, int], dtype: Any, scale: float, block: int | None, interpret: bool) -> Call:
+        batch, heads, length, key_dim, value_dim = (sizes[letter] for letter in "BHTKV")
+        return cls(batch, heads, length, key_dim, value_dim, str(dtype), float(scale), block, interpret)
+
 
 def gla(
     q: Array,
@@ -60,23 +65,24 @@ def gla(
     """q, k [B, H, T, K], v [B, H, T, V], log_gate [B, H, T, K] -> out [B, H, T, V], the final state f32 [B, H, K, V].
 
     q, k and v share a dtype (float32, bfloat16 or float16), which is out's; the state is float32. `log_gate` (that
-    dtype or float32) is the natural logarithm of each channel's decay, at most 0 and down to -inf. `state` is what came before (zeros if None). Of row b only the
-    first `lengths[b]` tokens count: behind them out is 0 and the state stays. `impl` names a form (`ref`, `blocked`,
-    `tpu`, `gpu`), `block` the tokens in a chunk (a power of two). Differentiable in all arrays but `lengths`.
+    dtype or float32) is the natural logarithm of each channel's decay, at most 0 and down to -inf. `state` is what came
+    before (zeros if None). Of row b only the first `lengths[b]` tokens count: behind them out is 0 and the state stays.
+    `impl` names a form (`ref`, `blocked`, `tpu`, `gpu`), `block` the tokens in a chunk (a power of two).
+    Differentiable in all arrays but `lengths`.
 
     Raises ArgumentError before tracing for ranks, sizes, dtypes and values that do not fit, and UnsupportedError
     where the form named cannot serve.
     """
     sizes = arguments.sequences(OP, q, k, v, state, lengths)
     _check_gate(OP, log_gate, "B H T K", q)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    arguments.real(OP, scale=scale)
+    arguments.real(OP, scale=scale or 0)
+    factor = sizes["K"] ** -0.5 if scale is None else float(scale)
     check.positive(OP, block=block)
     if block is not None and block & (block - 1):
         raise argument_error(OP, "block", block, "a power of two")
-    call = Call(*(sizes[x] for x in "BHTKV"), str(q.dtype), float(scale), block, interpret)
+    call = Call.of(sizes, q.dtype, factor, block, interpret)
     k, log_gate = arguments.keep_valid(k, lengths), arguments.keep_valid(log_gate, lengths)
-    out, final = _gla(call, impl, q, k, v, log_gate, arguments.initial(state, sizes))
+    out, final = cast(tuple[Array, Array], _gla(call, impl, (q, k, v, log_gate, arguments.initial(state, sizes))))
     return arguments.keep_valid(out, lengths), final
 
 
@@ -92,9 +98,9 @@ def gla_step(
     check.dtypes(op, q=q, k=k, v=v)
     check.dtypes(op, ("float32",), state=state)
     _check_gate(op, log_gate, "B H K", q)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    arguments.real(op, scale=scale)
-    return arguments.one_token(q, k, v, jnp.exp(log_gate.astype(jnp.float32))[..., None], state, scale)
+    arguments.real(op, scale=scale or 0)
+    factor = sizes["K"] ** -0.5 if scale is None else float(scale)
+    return arguments.one_token(q, k, v, jnp.exp(log_gate.astype(jnp.float32))[..., None], state, factor)
 
 
 def _check_gate(op: str, log_gate: Array, pattern: str, q: Array) -> None:
@@ -122,16 +128,16 @@ BACKWARD = (
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gla(call: Call, impl: str | None, *arrays: Array) -> Any:
+def _gla(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
     return dispatch(OP, FORWARD, call, *arrays, impl=impl)
 
 
-def _save(call: Call, impl: str | None, *arrays: Array) -> Any:
-    return _gla(call, impl, *arrays), arrays
+def _save(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
+    return _gla(call, impl, arrays), arrays
 
 
 def _grads(call: Call, impl: str | None, arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
-    return tuple(dispatch(f"{OP} backward", BACKWARD, call, *arrays, *cotangents, impl=impl))
+    return (tuple(dispatch(f"{OP} backward", BACKWARD, call, *arrays, *cotangents, impl=impl)),)
 
 
 _gla.defvjp(_save, _grads)

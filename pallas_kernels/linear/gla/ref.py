@@ -22,7 +22,7 @@ def recurrent(q: Array, k: Array, v: Array, log_gate: Array, state: Array, *, sc
         state = jnp.exp(gate)[..., None] * state + k[..., None] * v[..., None, :]
         return state, scale * jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
 
-    tokens = [jnp.moveaxis(x.astype(jnp.float32), 2, 0) for x in (q, k, v, log_gate)]
+    tokens = tuple(jnp.moveaxis(x.astype(jnp.float32), 2, 0) for x in (q, k, v, log_gate))
     state, out = lax.scan(step, state, tokens)
     return jnp.moveaxis(out, 0, 2).astype(q.dtype), state
 

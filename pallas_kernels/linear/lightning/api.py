@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,11 @@ class Call:
     block: int | None
     interpret: bool
 
+    @classmethod
+    def of(cls, sizes: dict[str, int], dtype: Any, scale: float, block: int | None, interpret: bool) -> Call:
+        batch, heads, length, key_dim, value_dim = (sizes[letter] for letter in "BHTKV")
+        return cls(batch, heads, length, key_dim, value_dim, str(dtype), float(scale), block, interpret)
+
 
 def lightning(
     q: Array,
@@ -73,11 +78,13 @@ def lightning(
     _check_decay(OP, log_decay, sizes["H"])
     arguments.real(OP, scale=scale)
     check.positive(OP, block=block)
-    call = Call(*(sizes[x] for x in "BHTKV"), str(q.dtype), float(scale), block, interpret)
+    call = Call.of(sizes, q.dtype, scale, block, interpret)
     k = arguments.keep_valid(k, lengths)
     full = jnp.full((sizes["B"],), sizes["T"], jnp.int32)
     count = full if lengths is None else jnp.asarray(lengths, jnp.int32)
-    out, final = _lightning(call, impl, q, k, v, log_decay, count, arguments.initial(state, sizes))
+    out, final = cast(
+        tuple[Array, Array], _lightning(call, impl, (q, k, v, log_decay, count, arguments.initial(state, sizes)))
+    )
     return arguments.keep_valid(out, lengths), final
 
 
@@ -113,8 +120,8 @@ FORWARD = (
 def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
     q, k, v, log_decay, lengths, state, *cotangents = arrays
 
-    def run(*x: Array) -> tuple[Array, Array]:
-        return ref.recurrent(*x[:4], lengths, x[4], scale=call.scale)
+    def run(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
+        return ref.recurrent(q, k, v, log_decay, lengths, state, scale=call.scale)
 
     return jax.vjp(run, q, k, v, log_decay, state)[1](tuple(cotangents))
 
@@ -126,17 +133,17 @@ BACKWARD = (
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lightning(call: Call, impl: str | None, *arrays: Array) -> Any:
+def _lightning(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
     return dispatch(OP, FORWARD, call, *arrays, impl=impl)
 
 
-def _save(call: Call, impl: str | None, *arrays: Array) -> Any:
-    return _lightning(call, impl, *arrays), arrays
+def _save(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
+    return _lightning(call, impl, arrays), arrays
 
 
 def _grads(call: Call, impl: str | None, arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
     dq, dk, dv, d_decay, d_state = dispatch(f"{OP} backward", BACKWARD, call, *arrays, *cotangents, impl=impl)
-    return dq, dk, dv, d_decay, None, d_state
+    return ((dq, dk, dv, d_decay, None, d_state),)
 
 
 _lightning.defvjp(_save, _grads)
