@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.pallas_kernels.attention.block_sparse import block_sparse
 from jaxinfer.pallas_kernels.attention.flash import flash
 from scripts.kernel_bench.case import Case, unavailable
 
@@ -27,6 +28,9 @@ def cases() -> Iterator[Case]:
         for dtype in ("float32", "bfloat16"):
             for direction in ("forward", "forward+backward"):
                 yield dense(shape, dtype, direction)
+    for denominator in (8, 4, 2):
+        for direction in ("forward", "forward+backward"):
+            yield sparse((1, 8, 8192, 64), (256, 128), denominator, direction)
 
 
 def dense(shape: tuple[int, int, int, int], dtype: str, direction: str) -> Case:
@@ -54,6 +58,31 @@ def dense(shape: tuple[int, int, int, int], dtype: str, direction: str) -> Case:
         flops=products * 2 * batch * heads * (length * (length + 1) / 2) * dim,
         bytes=moved * batch * heads * length * dim * item,
         targets=FLASH_TARGETS[dtype, direction] if shape == FLASH_SHAPES[0] else {},
+    )
+
+
+def sparse(shape: tuple[int, int, int, int], block: tuple[int, int], denominator: int, direction: str) -> Case:
+    """Every `denominator`-th block of keys listed, at random, beside dense attention: 1.3 x density x its time."""
+    batch, heads, length, dim = shape
+    arrays = random(shape, "float32")
+    rows, blocks = length // block[0], length // block[1]
+    count = blocks // denominator
+    rng = np.random.default_rng(0)
+    indices = np.sort(rng.permuted(np.tile(np.arange(blocks), (1, heads, rows, 1)), axis=-1)[..., :count])
+    lists = indices.astype(np.int32), np.full(indices.shape[:3], count, np.int32)
+    products = 2 if direction == "forward" else 7
+    return Case(
+        op="block_sparse",
+        shape=f"{batch}x{heads}x{length}x{dim} blocks of {block[0]}x{block[1]}, 1/{denominator} listed",
+        dtype="float32",
+        direction=direction,
+        runs={
+            "ours": bound(lambda q, k, v: block_sparse(q, k, v, *lists, block=block)[0], arrays, direction),
+            "dense flash": bound(lambda q, k, v: flash(q, k, v)[0], arrays, direction),
+        },
+        flops=products * 2 * batch * heads * length * (length / denominator) * dim,
+        bytes=(4 if direction == "forward" else 8) * batch * heads * length * dim * 4,
+        targets={"dense flash": denominator / 1.3},
     )
 
 

@@ -2,3 +2,7 @@
 
 Stability: experimental.
 """
+
+from jaxinfer.pallas_kernels.attention.block_sparse.api import block_sparse
+
+__all__ = ["block_sparse"]

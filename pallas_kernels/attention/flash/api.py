@@ -54,20 +54,17 @@ def flash(
     block. `interpret`: run the TPU form (or `impl`) in Pallas' interpreter. Differentiable once in q, k, v through both
     results. Raises ArgumentError naming the argument, and UnsupportedError where `impl` cannot serve.
     """
-    call = _checked(q, k, v, causal, window, softcap, slopes, scale, q_lengths, kv_lengths, block, interpret)
+    call = checked("flash", q, k, v, causal, window, softcap, slopes, scale, q_lengths, kv_lengths, block, interpret)
     if impl is None and interpret:
         impl = "tpu"
     if impl is not None:
         named("flash", FORWARD, impl)
-    if call.ragged:
-        q_lengths = jnp.full(call.batch, call.queries, jnp.int32) if q_lengths is None else jnp.asarray(q_lengths)
-        kv_lengths = jnp.full(call.batch, call.keys, jnp.int32) if kv_lengths is None else jnp.asarray(kv_lengths)
+    q_lengths, kv_lengths = both_lengths(call, q_lengths, kv_lengths)
     return _flash(call, impl, q, k, v, q_lengths, kv_lengths, slopes)
 
 
-def _checked(q, k, v, causal, window, softcap, slopes, scale, q_lengths, kv_lengths, block, interpret) -> Call:
-    """Refuse what no form takes, and return the static side of the call."""
-    op = "flash"
+def checked(op: str, q, k, v, causal, window, softcap, slopes, scale, q_lengths, kv_lengths, block, interpret) -> Call:
+    """Refuse what no form of `op` takes, and return the static side of the call; `block_sparse` has it too."""
     size = check.shapes(op, q=(q, "B H T d"), k=(k, "B G S d"), v=(v, "B G S e"))
     dtype = check.dtypes(op, q=q, k=k, v=v)
     if not all(size.values()):
@@ -104,6 +101,15 @@ def _checked(q, k, v, causal, window, softcap, slopes, scale, q_lengths, kv_leng
         block=block,
         interpret=interpret,
     )
+
+
+def both_lengths(call: Call, q_lengths, kv_lengths) -> tuple[jax.Array | None, jax.Array | None]:
+    """Both as i32[B] where either is given, else neither."""
+    if not call.ragged:
+        return None, None
+    q_lengths = jnp.full(call.batch, call.queries) if q_lengths is None else jnp.asarray(q_lengths)
+    kv_lengths = jnp.full(call.batch, call.keys) if kv_lengths is None else jnp.asarray(kv_lengths)
+    return q_lengths.astype(jnp.int32), kv_lengths.astype(jnp.int32)
 
 
 def _ref_backward(call: Call, q, k, v, q_lengths, kv_lengths, slopes, out, lse, dout, dlse) -> Any:

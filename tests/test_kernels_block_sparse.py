@@ -1,0 +1,143 @@
+"""Block-sparse attention: what is listed is attended to, exactly; what is not is neither read nor multiplied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels.attention.block_sparse import block_sparse
+from jaxinfer.pallas_kernels.attention.block_sparse.call import turn
+from jaxinfer.pallas_kernels.attention.flash import flash
+from tests.kernel_checks import assert_close, error, normal
+
+
+def lists(seed, rows, heads, q_blocks, k_blocks, longest):
+    """Random lists in random order; block 0 of head 0 lists nothing."""
+    rng = np.random.default_rng(seed)
+    indices = rng.permuted(np.tile(np.arange(k_blocks), (rows, heads, q_blocks, 1)), axis=-1)[..., :longest]
+    counts = rng.integers(1, longest + 1, (rows, heads, q_blocks))
+    counts[:, 0, 0] = 0
+    return indices.astype(np.int32), counts.astype(np.int32)
+
+
+# name -> (B, H, G, T, S, d, e), block, (rows, heads) of the lists, options
+CASES = {
+    "grouped, a list a head": ((2, 4, 2, 48, 64, 16, 24), (16, 8), (1, 4), {}),
+    "causal, one list for all": ((2, 2, 1, 64, 64, 16, 16), (16, 16), (1, 1), {"causal": True}),
+    "ragged, alibi, softcap, a list a row": (
+        (2, 2, 2, 32, 48, 8, 8),
+        (8, 16),
+        (2, 2),
+        {"causal": True, "window": 20, "softcap": 6.0, "q_lengths": [32, 11], "kv_lengths": [45, 30], "slopes": True},
+    ),
+}
+
+
+def results(name, dtype="float32", **how):
+    """Both results and the three gradients, of one compiled program."""
+    (b, h, g, t, s, d, e), block, (rows, heads), options = CASES[name]
+    qkv = normal(1, (b, h, t, d), (b, g, s, d), (b, g, s, e), dtype=dtype)
+    cotangents = (normal(2, (b, h, t, e), dtype=dtype)[0], normal(3, (b, h, t))[0])
+    options = {key: jnp.asarray(x, jnp.int32) if key.endswith("lengths") else x for key, x in options.items()}
+    if options.get("slopes"):
+        options["slopes"] = 2.0 ** -jnp.arange(1, h + 1, dtype=jnp.float32)
+    indices, counts = lists(4, rows, heads, t // block[0], s // block[1], max(1, s // block[1] - 1))
+
+    @jax.jit
+    def run(qkv, cotangents):
+        out, pull = jax.vjp(lambda *x: block_sparse(*x, indices, counts, block=block, **options, **how), *qkv)
+        return out, pull(cotangents)
+
+    return run(qkv, cotangents)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", CASES)
+def test_blocked_is_the_masked_softmax(name):
+    assert_close(results(name, impl="blocked"), results(name, impl="ref"), factor=3)
+
+
+def test_bfloat16():
+    name = "grouped, a list a head"
+    assert_close(results(name, "bfloat16"), results(name, "bfloat16", impl="ref"), "bfloat16", factor=2)
+
+
+def test_all_blocks_listed_is_flash():
+    q, k, v = normal(5, *[(1, 2, 32, 8)] * 3)
+    indices = np.tile(np.arange(4, dtype=np.int32), (1, 1, 4, 1))
+    sparse = block_sparse(q, k, v, indices, np.full((1, 1, 4), 4, np.int32), block=(8, 8), causal=True)
+    assert_close(sparse, flash(q, k, v, causal=True), factor=2)
+
+
+def test_what_is_not_listed_is_not_read():
+    """NaNs in the blocks that no list names change nothing, forward and backward: a mask would let them through."""
+    q, k, v = normal(6, *[(1, 1, 32, 8)] * 3)
+    indices, counts = np.array([[[[0], [2], [2], [0]]]], np.int32), np.ones((1, 1, 4), np.int32)
+    poisoned = [x.at[:, :, 8:16].set(jnp.nan).at[:, :, 24:].set(jnp.nan) for x in (k, v)]
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *x: block_sparse(*x, indices, counts, block=(8, 8)), q, k, v)
+        return out, pull(out)
+
+    clean, dirty = run(q, k, v), run(q, *poisoned)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True))
+
+
+def test_traced_lists():
+    """Lists that the program itself computes give the same results and gradients as lists known beforehand."""
+    q, k, v = normal(7, (1, 2, 32, 8), (1, 1, 32, 8), (1, 1, 32, 8))
+    indices, counts = lists(8, 1, 2, 4, 4, 3)
+
+    def loss(indices, counts):
+        def f(q, k, v):
+            return jnp.sum(jnp.sin(block_sparse(q, k, v, indices, counts, block=(8, 8))[0]))
+
+        return jax.value_and_grad(f, (0, 1, 2))(q, k, v)
+
+    assert_close(jax.jit(loss)(indices, counts), jax.jit(lambda: loss(indices, counts))())
+
+
+def test_lists_turn_round():
+    """Each listed pair of blocks is in the turned lists once, traced or not."""
+    indices, counts = lists(9, 2, 4, 6, 5, 4)
+    pairs = {
+        (b, h, i, int(j))
+        for b in range(2) for h in range(4) for i in range(6) for j in indices[b, h, i, : counts[b, h, i]]
+    }  # fmt: skip
+    for give in (lambda x: x, jnp.asarray):
+        turned, turned_counts = turn(give(indices), give(counts), 4, 2, 5)
+        found = [
+            (b, 2 * g + int(e) // 6, int(e) % 6, j)
+            for b in range(2) for g in range(2) for j in range(5)
+            for e in turned[b, g, j, : int(turned_counts[b, g, j])]
+        ]  # fmt: skip
+        assert len(found) == len(set(found)) and set(found) == pairs
+
+
+def test_a_list_read_too_far_is_caught():
+    """Negative control: one entry more than the count of a list changes the result by far."""
+    q, k, v = normal(10, *[(1, 1, 16, 8)] * 3)
+    indices, counts = np.array([[[[0, 1], [1, 0]]]], np.int32), np.ones((1, 1, 2), np.int32)
+    right = block_sparse(q, k, v, indices, counts, block=(8, 8), impl="ref")
+    assert error(block_sparse(q, k, v, indices, counts + 1, block=(8, 8))[0], right[0]) > 0.05
+
+
+def test_bad_lists_are_named():
+    x = jnp.zeros((1, 2, 32, 8))
+    indices, counts = np.zeros((1, 2, 4, 2), np.int32), np.ones((1, 2, 4), np.int32)
+    for change, message in [
+        ({"block": (7, 8)}, r"block: got \(7, 8\), accepts divisors of the 32 queries"),
+        ({"block": None}, "block: got None"),
+        ({"indices": indices[:, :, :3], "counts": counts[:, :, :3]}, r"indices: got \[1, 2, 3, 2\]"),
+        ({"indices": indices + 4}, r"indices\[0, 0, 0, 0\]: got 4, accepts 0 to 3"),
+        ({"counts": counts + 2}, r"counts\[0, 0, 0\]: got 3, accepts 0 to 2"),
+        ({"counts": counts + 1}, r"indices\[0, 0, 0\]: got a block twice"),
+        ({"counts": counts * 1.0}, "counts: got float64"),
+        ({"impl": "cudnn"}, "impl: got 'cudnn'"),
+        ({"slopes": jnp.zeros(3)}, "block_sparse: slopes"),
+    ]:
+        arguments = {"indices": indices, "counts": counts, "block": (8, 8)} | change
+        with pytest.raises(ArgumentError, match=message):
+            block_sparse(x, x, x, arguments.pop("indices"), arguments.pop("counts"), **arguments)
