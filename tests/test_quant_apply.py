@@ -90,7 +90,13 @@ def test_bits_per_weight_counts_everything_stored():
     assert quant.bits_per_weight(w) == 32
     assert quant.bits_per_weight(quant.Int8().quantize(w)) == 8 + 32 / 64
     assert quant.bits_per_weight(quant.Int8(group=16, scales="bfloat16").quantize(w)) == 8 + 16 / 16
-    assert quant.bits_per_weight(quant.Int8(bits=4).quantize(w)) == 8 + 32 / 64  # four-bit codes are stored as bytes
+    assert quant.bits_per_weight(quant.Int4(group=32).quantize(w)) == 4 + 32 / 32 + 8 / 32  # codes, scales, zeros
+    assert quant.bits_per_weight(quant.Int3(group=32, symmetric=True).quantize(w)) == 3 + 32 / 32
+    assert quant.bits_per_weight(quant.Fp6(scales="float16").quantize(w)) == 6 + 16 / 64
+    assert quant.bits_per_weight(quant.MxFp4().quantize(w)) == 4 + 8 / 32
+    assert quant.bits_per_weight(quant.NvFp4().quantize(w)) == 4 + 8 / 16 + 32 / w.size
+    assert quant.bits_per_weight(quant.Fp8(group=32, rows=16).quantize(w)) == 8 + 32 / (32 * 16)
+    assert quant.bits_per_weight(quant.TritPlanes(group=32, steps=1).quantize(w)) == 2 * (2 + 32 / 32)
     adapted = quant.LoraArray(quant.Int8().quantize(w), jnp.ones((64, 2)), jnp.ones((2, 32)))
     assert quant.bits_per_weight(adapted) == 8 + 32 / 64 + 32 * 2 * (64 + 32) / (64 * 32)
     assert quant.bits_per_weight({"a": w, "b": jnp.ones(32)}) == 32
@@ -150,13 +156,45 @@ def test_adapters_come_off_go_back_on_merge_and_unmerge():
 
 
 def mixed():
-    tree = quant.apply(params(), [(".*/gate", quant.Int8(group=4, scales="bfloat16")), ("embedding", quant.Int8())])
+    rules = [(".*/gate", quant.Int8(group=4, scales="bfloat16")), ("embedding", quant.Int8())]
+    tree = quant.apply(params(), rules)
     tree["embedding"] = quant.ExtendedRows(tree["embedding"], jnp.ones((2, 16)))
     return quant.lora(tree, [".*/gate", ".*/q"], 2, KEY, alpha=0.3)
 
 
+def every_format():
+    specs = {
+        "int4": quant.Int4(group=8), "int3": quant.Int3(group=8), "int2": quant.Int2(group=8), "fp6": quant.Fp6(),
+        "fp8": quant.Fp8(group=16, rows=16), "mxfp4": quant.MxFp4(), "nvfp4": quant.NvFp4(),
+        "ternary": quant.Ternary(), "trit": quant.TritPlanes(group=16, steps=2), "mixed": quant.Mixed(group=16),
+    }  # fmt: skip
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16)), jnp.float32)
+    return {name: spec.quantize(w) for name, spec in specs.items()}
+
+
+def test_directories_of_version_1_are_read():
+    """Int8 alone, in the logical orientation: codes `[K, N]` and scales `[G, N]`, or `[V, D]` and `[V, G]`."""
+    tree = quant.apply(params(), [(".*/gate", quant.Int8(group=4)), ("embedding", quant.Int8())])
+    arrays, manifest = quant.flatten(quant.lora(tree, [".*/gate"], 2, KEY))
+    old = {"axis": -2, "logical_dtype": "float32", "type": "int8"}
+    manifest["leaves"]["layers_0/mlp/gate"]["base"] = dict(old)
+    manifest["leaves"]["embedding"] = dict(old, axis=-1)
+    manifest["version"] = 1
+    name = "layers_0/mlp/gate.base"
+    before = arrays | {f"{name}.codes": arrays[f"{name}.codes"].T, f"{name}.scales": arrays[f"{name}.scales"].T}
+    back = quant.unflatten(before, json.loads(json.dumps(manifest)))
+    np.testing.assert_array_equal(
+        ops.materialize(quant.detach(back)["layers_0"]["mlp"]["gate"]), ops.materialize(tree["layers_0"]["mlp"]["gate"])
+    )
+    np.testing.assert_array_equal(ops.materialize(back["embedding"]), ops.materialize(tree["embedding"]))
+    turned = quant.detach(quant.unflatten(arrays, manifest))  # arrays that are not as version 1 had them
+    assert (
+        ops.materialize(turned["layers_0"]["mlp"]["gate"]) != ops.materialize(tree["layers_0"]["mlp"]["gate"])
+    ).any()
+
+
 def test_leaves_as_named_arrays_come_back_bit_for_bit():
-    for tree in (mixed(), quant.adapters(mixed()), params()):
+    for tree in (mixed(), quant.adapters(mixed()), params(), every_format()):
         arrays, manifest = quant.flatten(tree)
         assert all(re.fullmatch(r"[\w/]+(\.[\w.]+)?", name) for name in arrays)
         back = quant.unflatten(arrays, json.loads(json.dumps(manifest)))
@@ -169,7 +207,7 @@ def test_leaves_as_named_arrays_come_back_bit_for_bit():
 
 
 DAMAGE = {
-    "version": (lambda a, m: m.update(version=2), "version 2"),
+    "version": (lambda a, m: m.update(version=3), "version 3"),
     "no leaves": (lambda a, m: m.pop("leaves"), "'leaves'"),
     "type": (lambda a, m: m["leaves"]["embedding"].update(type="pickle"), "embedding: weight type 'pickle'"),
     "odd type": (lambda a, m: m["leaves"]["embedding"].update(type=["int8"]), "embedding: weight type"),
@@ -183,7 +221,7 @@ DAMAGE = {
     "spare": (lambda a, m: a.update({"final_norm.codes": 1}), "final_norm.codes belongs to no weight"),
     "twice": (lambda a, m: a.update({"embedding": 1}), "embedding: named twice"),
     "inside": (lambda a, m: a.update({"final_norm/x": 1}), "final_norm/x: named twice, inside"),
-    "shape": (lambda a, m: a.update({"layers_0/mlp/gate.base.scales": jnp.ones((3, 16))}), "gate.base: codes"),
+    "shape": (lambda a, m: a.update({"layers_0/mlp/gate.base.scales": jnp.ones((3, 16))}), "gate.base: scales"),
     "dtype": (
         lambda a, m: a.update({"embedding.base.codes": jnp.ones((16, 16))}),
         "embedding.base: codes must be int8",

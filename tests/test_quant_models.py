@@ -66,8 +66,9 @@ def kind(request):
 def dense(leaf):
     """What a leaf stands for, written out in numpy: independent of the rules under test."""
     match leaf:
-        case quant.QuantizedArray(codes, scales, axis):
-            return np.float32(codes) * np.repeat(np.asarray(scales), codes.shape[axis] // scales.shape[axis], axis)
+        case quant.QuantizedArray(codes, scales, axis=axis):
+            rows = np.float32(codes) * np.repeat(np.asarray(scales), codes.shape[-1] // scales.shape[-1], -1)
+            return rows if axis == -1 else rows.swapaxes(-1, -2)
         case quant.LoraArray(base, a, b, scale):
             return dense(base) + scale * np.asarray(a) @ np.asarray(b)
         case quant.ExtendedRows(base, extra, axis):
@@ -110,7 +111,7 @@ def test_scales_on_the_wrong_axis_are_caught(kind):
     """The planted bug: the square output projection with its scales along the input."""
     o = kind.int8["layers_0"]["attention"]["o"]
     planted = quant.map_leaves(
-        lambda path, leaf: dataclasses.replace(o, scales=o.scales.T, axis=-1) if path.endswith("/o") else leaf,
+        lambda path, leaf: dataclasses.replace(o, codes=o.codes.T, axis=-1) if path.endswith("/o") else leaf,
         kind.int8,
     )
     with pytest.raises(AssertionError):

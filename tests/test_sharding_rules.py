@@ -63,11 +63,12 @@ def test_a_sharded_model_with_every_leaf_type_is_the_same_model():
     found = specs(placed)
     assert found["embedding.extra"] == PartitionSpec(None, None)
     assert found["embedding.base.base.scales"] == found["embedding.base.a"] == PartitionSpec("tensor", None)
-    assert found["layers_0/attention/q.scales"] == PartitionSpec(None, "tensor")
-    assert found["layers_0/mlp/gate.base.scales"] == found["layers_0/mlp/gate.b"] == PartitionSpec(None, "tensor")
+    assert found["layers_0/attention/q.scales"] == PartitionSpec("tensor", None)
+    assert found["layers_0/mlp/gate.base.scales"] == PartitionSpec("tensor", None)
+    assert found["layers_0/mlp/gate.b"] == PartitionSpec(None, "tensor")
     assert found["layers_0/mlp/down.base.scales"] == PartitionSpec(None, None)
     assert found["layers_0/mlp/down.a"] == PartitionSpec("tensor", None)
-    assert found["layers_1/mlp/gate.base.codes"] == PartitionSpec("data", None, "tensor")
+    assert found["layers_1/mlp/gate.base.codes"] == PartitionSpec("data", "tensor", None)
     assert found["layers_1/mlp/down.base.scales"] == PartitionSpec("data", None, None)
     assert found["layers_1/mlp/down.a"] == PartitionSpec("data", "tensor", None)
 
@@ -113,5 +114,5 @@ def test_params_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="two rows"):
         AxisRules((("mlp", None), ("mlp", "tensor")))
     groups = quant.apply({"head": jnp.ones((32, 48))}, [("head", quant.Int8(group=8))])
-    with pytest.raises(ConfigError, match=r"head\.scales: shape \(4, 48\).*4 cannot be split 8 ways"):
+    with pytest.raises(ConfigError, match=r"head\.scales: shape \(48, 4\).*4 cannot be split 8 ways"):
         shardings(step, devices, REPLICATED.replace(embed="tensor"), groups)

@@ -24,7 +24,11 @@ DraftModel = Annotated[
     str | None, typer.Option("--draft-model", help="A smaller model of the same vocabulary, for --drafter draft.")
 ]
 Weights = Annotated[
-    str, typer.Option("--weights", help="Format of the weights: auto, f32, bf16, f16, int8[:group=64].")
+    str,
+    typer.Option(
+        "--weights",
+        help="Format of the weights: auto, f32, bf16, f16, int8[:group=64], int4, fp8, ...: see `jaxinfer methods`.",
+    ),
 ]
 CacheKind = Annotated[
     str, typer.Option("--cache", help="Format of the cache: auto, dense, int8[:group=64], sink[:sinks=4,window=1020].")
@@ -40,7 +44,23 @@ InputFiles = Annotated[
 ]
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-WEIGHTS = Registry("--weights", {"int8": "jaxinfer.quant.int8:Int8"}, also=("auto", *DTYPES))
+WEIGHTS = Registry(
+    "--weights",
+    {
+        "int8": "jaxinfer.quant.integers:Int8",
+        "int4": "jaxinfer.quant.integers:Int4",
+        "int3": "jaxinfer.quant.integers:Int3",
+        "int2": "jaxinfer.quant.integers:Int2",
+        "fp8": "jaxinfer.quant.floats:Fp8",
+        "fp6": "jaxinfer.quant.floats:Fp6",
+        "mxfp4": "jaxinfer.quant.floats:MxFp4",
+        "nvfp4": "jaxinfer.quant.floats:NvFp4",
+        "ternary": "jaxinfer.quant.ternary:Ternary",
+        "trit-planes": "jaxinfer.quant.trit_planes:TritPlanes",
+        "mixed": "jaxinfer.quant.mixed_rows:Mixed",
+    },
+    also=("auto", *DTYPES),
+)
 CACHES = Registry(
     "--cache",
     {

@@ -7,17 +7,34 @@ Stability: experimental.
 
 from jaxinfer.quant.apply import Spec, apply, bits_per_weight, materialize, relative_error
 from jaxinfer.quant.extended import ExtendedRows
-from jaxinfer.quant.int8 import Int8, QuantizedArray
+from jaxinfer.quant.floats import Fp6, Fp8, MxFp4, NvFp4
+from jaxinfer.quant.integers import Int2, Int3, Int4, Int8
 from jaxinfer.quant.lora import LoraArray, adapters, attach, detach, lora, merge, unmerge
+from jaxinfer.quant.mixed_rows import Mixed, MixedRows
+from jaxinfer.quant.quantized import QuantizedArray
 from jaxinfer.quant.serialize import flatten, unflatten
+from jaxinfer.quant.ternary import Ternary
 from jaxinfer.quant.tree import leaves, map_axes, map_leaves, near, stored
+from jaxinfer.quant.trit_planes import SumArray, TritPlanes
 
 __all__ = [
     "ExtendedRows",
+    "Fp6",
+    "Fp8",
+    "Int2",
+    "Int3",
+    "Int4",
     "Int8",
     "LoraArray",
+    "Mixed",
+    "MixedRows",
+    "MxFp4",
+    "NvFp4",
     "QuantizedArray",
     "Spec",
+    "SumArray",
+    "Ternary",
+    "TritPlanes",
     "adapters",
     "apply",
     "attach",

@@ -1,7 +1,8 @@
 """Leaves as named arrays and a JSON manifest, so that any checkpoint format can hold them.
 
 `layers_0/mlp/gate` as int8 becomes the arrays `layers_0/mlp/gate.codes` and `.scales`, and a manifest entry with its
-type and static fields. Nothing is pickled: only the types in `TYPES` are ever built.
+type and static fields. Nothing is pickled: only the types in `TYPES` are ever built. Version 1 had int8 weights alone,
+stored in the logical orientation; it is still read.
 
 Stability: experimental.
 """
@@ -17,12 +18,20 @@ import jax
 
 from jaxinfer.errors import CheckpointError, InputError
 from jaxinfer.quant.extended import ExtendedRows
-from jaxinfer.quant.int8 import QuantizedArray
 from jaxinfer.quant.lora import LoraArray
+from jaxinfer.quant.mixed_rows import MixedRows
+from jaxinfer.quant.quantized import QuantizedArray
 from jaxinfer.quant.tree import build, leaves
+from jaxinfer.quant.trit_planes import SumArray
 
-VERSION = 1
-TYPES: dict[str, type] = {"int8": QuantizedArray, "lora": LoraArray, "extended_rows": ExtendedRows}
+VERSION = 2
+TYPES: dict[str, type] = {
+    "quantized": QuantizedArray,
+    "sum": SumArray,
+    "mixed_rows": MixedRows,
+    "lora": LoraArray,
+    "extended_rows": ExtendedRows,
+}
 _STATIC = {"int": int, "float": (float, int), "str": str}  # annotation -> what JSON may hold
 
 
@@ -47,9 +56,11 @@ def unflatten(arrays: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
     of the wrong kind, or arrays that contradict each other.
     """
     version, entries = _field(manifest, "version", "manifest"), _field(manifest, "leaves", "manifest")
-    if version != VERSION or not isinstance(entries, Mapping):
-        raise CheckpointError(f"manifest: version {version!r} is not {VERSION}, or the manifest is damaged")
+    if version not in (1, VERSION) or not isinstance(entries, Mapping):
+        raise CheckpointError(f"manifest: version {version!r} is not 1 to {VERSION}, or the manifest is damaged")
     rest = dict(arrays)
+    if version == 1:
+        entries = {path: _from_version_1(path, entry, rest) for path, entry in entries.items()}
     built = [(path, _unflatten(path, entry, rest)) for path, entry in entries.items()]
     for name in rest:
         if "." in name:
@@ -110,12 +121,27 @@ def _value(name: str, field: dataclasses.Field, entry: Mapping[str, Any], rest: 
             raise CheckpointError(f"{child} must be a {field.type}, got {value!r}")
         return value
     if field.name in entry:
-        # Only a LoRA adapter saved alone has no base.
-        alone = entry[field.name] is None and field.name == "base"
-        return None if alone else _unflatten(child, entry[field.name], rest)
+        # A LoRA adapter saved alone has no base; a format without zeros, factor or second plane says so.
+        absent = entry[field.name] is None and (field.name == "base" or field.default is None)
+        return None if absent else _unflatten(child, entry[field.name], rest)
     if child not in rest:
         raise CheckpointError(f"array {child} is missing")
     return rest.pop(child)
+
+
+def _from_version_1(name: str, entry: Any, rest: dict[str, Any]) -> Any:
+    """An entry of version 1 as one of today's, and its arrays in `rest` turned output by output."""
+    if not isinstance(entry, Mapping):
+        return entry
+    if entry.get("type") != "int8":
+        return {key: _from_version_1(f"{name}.{key}", value, rest) for key, value in entry.items()}
+    for child in (f"{name}.codes", f"{name}.scales") if entry.get("axis") == -2 else ():
+        if child in rest:
+            rest[child] = rest[child].swapaxes(-1, -2)
+    return {**entry, "type": "quantized", "zeros": None, "high": None, "factor": None} | {
+        "element": "int8",
+        "activations": "float",
+    }
 
 
 def _field(entry: Any, key: str, name: str) -> Any:
