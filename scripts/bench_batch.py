@@ -142,7 +142,8 @@ def static_side(lm: LanguageModel, rows: Sequence[Row], *, slots: int, capacity:
     width = max(len(row.prompt) for row in rows)
     # Capacity is width + max_tokens there; the rows' own limits are the Sampling's.
     config = decode.Config(max_tokens=capacity - width, features=decode.Features(), eos=())
-    generate = jax.jit(decode.generate, static_argnames=("step", "config"))
+    options = decode.compiler_options()
+    generate = jax.jit(decode.generate, static_argnames=("step", "config"), compiler_options=options)
     key = jax.random.key(0)
     nothing = Row((0,), 0)  # fills the last batch up and is done before the first step
     batches: list[tuple[Any, ...]] = []

@@ -67,7 +67,8 @@ def held_out_prompts(encode, count: int, length: int) -> jax.Array:
 def our_runs(step: Step, params, prompts: jax.Array, tokens: int):
     """A callable that decodes `prompts` greedily and returns i32[B, tokens]."""
     config = decode.Config(max_tokens=tokens, eos=())
-    generate = jax.jit(decode.generate, static_argnames=("step", "config"))
+    options = decode.compiler_options()
+    generate = jax.jit(decode.generate, static_argnames=("step", "config"), compiler_options=options)
     lengths = jnp.full(prompts.shape[0], prompts.shape[1], jnp.int32)
     key = jax.random.key(0)
     return lambda: generate(step, params, prompts, lengths, config=config, key=key).tokens

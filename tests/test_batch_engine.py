@@ -144,10 +144,10 @@ def test_a_released_slot_is_free_and_an_error_is_an_event(engine, lm, reference)
 
 def test_nothing_is_traced_again(engine, lm, reference):
     """One program to decode, one for each prefill width, however the rows change."""
-    programs = [f._cache_size() for f in (engines._advance, engines._place, engines._start)]
+    programs = [f.jitted._cache_size() for f in (engines._advance, engines._place, engines._start)]
     rows = [prepared(lm, i, max_tokens=3 + i, temperature=i / 7, stop_token_ids=(i,)) for i in range(9)]
     answers(engine, rows, [i % 4 for i in range(9)])
-    assert [f._cache_size() for f in (engines._advance, engines._place, engines._start)] == programs
+    assert [f.jitted._cache_size() for f in (engines._advance, engines._place, engines._start)] == programs
 
 
 def test_the_slots_cache_is_updated_in_place(engine, lm, reference):
@@ -157,11 +157,11 @@ def test_the_slots_cache_is_updated_in_place(engine, lm, reference):
     engine.admit([row])
     state, s = engine._state, SETTINGS
     constant = dict(step=lm.step, config=engine._config)
-    decoding = engines._advance.lower(lm.params, None, state, engine._ended, **constant, steps=s.steps)
+    decoding = engines._advance.jitted.lower(lm.params, None, state, engine._ended, **constant, steps=s.steps)
     sampling, keys = engines._rows([row], s)
     tokens, lengths = np.zeros((s.prefill_rows, 192), np.int32), np.ones(s.prefill_rows, np.int32)
     where = np.zeros(s.prefill_rows, np.int32)
-    refill = engines._place.lower(
+    refill = engines._place.jitted.lower(
         lm.params, None, state, where, tokens, lengths, sampling, keys, **constant, capacity=s.capacity
     )
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.cache.states) if leaf.ndim == 4}

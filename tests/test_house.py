@@ -40,7 +40,7 @@ ONLY = {"pallas_kernels": {"jax", "jaxlib", "numpy"}, "measure": {"jax", "numpy"
 METHOD_FOLDERS = ("cache", "quant", "decode", "diffusion", "flow")
 MACHINERY = {
     "cache": {"base"},
-    "decode": {"config", "emit", "keys", "language_model", "logprobs", "loop", "stream", "text", "types"},
+    "decode": {"compiler", "config", "emit", "keys", "language_model", "logprobs", "loop", "stream", "text", "types"},
     "quant": {"apply", "serialize", "tree"},
 }
 LONGEST = 500

@@ -74,9 +74,9 @@ def test_one_prompt_alone_and_with_others(lm, greedy):
 
 def test_nothing_is_compiled_twice_in_a_bucket(lm, greedy):
     """Steady state: other prompts, lengths and limits of the same bucket trace nothing."""
-    before = [f._cache_size() for f in (host._begin, host._advance, host._result)]
+    before = [f.jitted._cache_size() for f in (host._begin, host._advance, host._result)]
     lm.generate(["x = 1", "y", "z" * 30, "if a:"], max_tokens=9, logprobs=2)
-    assert [f._cache_size() for f in (host._begin, host._advance, host._result)] == before
+    assert [f.jitted._cache_size() for f in (host._begin, host._advance, host._result)] == before
 
 
 def test_equals_the_pure_functions(lm, greedy):

@@ -21,6 +21,7 @@ from jaxinfer.batch.manifest import Survey
 from jaxinfer.batch.requests import Limits
 from jaxinfer.batch.runner import Admission, Event, Look
 from jaxinfer.decode import loop
+from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.types import Reason, Step
@@ -297,18 +298,18 @@ def _begin(params, draft_params, tokens, lengths, sampling, keys, step, config, 
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("step", "config", "capacity"))
+@partial(Program, static_argnames=("step", "config", "capacity"))
 def _start(params, draft_params, tokens, lengths, sampling, keys, *, step, config, capacity):
     return _begin(params, draft_params, tokens, lengths, sampling, keys, step, config, capacity)
 
 
-@partial(jax.jit, static_argnames=("step", "config", "capacity"), donate_argnames=("state",))
+@partial(Program, static_argnames=("step", "config", "capacity"), donate_argnames=("state",))
 def _place(params, draft_params, state, slots, tokens, lengths, sampling, keys, *, step, config, capacity):
     new = _begin(params, draft_params, tokens, lengths, sampling, keys, step, config, capacity)
     return loop.place(state, slots, new)
 
 
-@partial(jax.jit, static_argnames=("step", "config", "steps"), donate_argnames=("state",))
+@partial(Program, static_argnames=("step", "config", "steps"), donate_argnames=("state",))
 def _advance(params, draft_params, state, ended, *, step, config, steps):
     state = loop.finish(state, ended)
     before, forwards = state.seq.length, state.stats.forwards

@@ -5,6 +5,7 @@ Stability: experimental.
 
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
+from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.draft_model import DraftModel
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
@@ -33,6 +34,7 @@ __all__ = [
     "advance",
     "beam_search",
     "begin",
+    "compiler_options",
     "finish",
     "generate",
     "place",

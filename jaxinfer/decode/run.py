@@ -19,6 +19,7 @@ from jaxinfer import quant
 from jaxinfer.batch.answers import Sample, TopTokens
 from jaxinfer.batch.requests import Codec, Prepared
 from jaxinfer.decode import loop
+from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.text import Detokenizer, StopMatcher
@@ -29,10 +30,10 @@ log = logging.getLogger("jaxinfer")
 PROMPT_BUCKET = 32  # the shortest width; longer ones double
 ANSWER_BUCKET = 64
 LIST_BUCKET = 8
-_begin = jax.jit(loop.begin, static_argnames=("step", "config"))
-_advance = jax.jit(loop.advance, static_argnames=("step", "config"), donate_argnames=("state",))
-_finish = jax.jit(loop.finish, donate_argnames=("state",))
-_result = jax.jit(loop.result, static_argnames=("config",))
+_begin = Program(loop.begin, static_argnames=("step", "config"))
+_advance = Program(loop.advance, static_argnames=("step", "config"), donate_argnames=("state",))
+_finish = Program(loop.finish, donate_argnames=("state",))
+_result = Program(loop.result, static_argnames=("config",))
 
 
 def bucket(size: int, base: int) -> int:

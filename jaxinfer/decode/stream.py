@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.loop import Result, advance, begin, result
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.decode.types import Step
 from jaxinfer.errors import InputError
 
-_begin = jax.jit(begin, static_argnames=("step", "config"))
-_advance = jax.jit(advance, static_argnames=("step", "config"), donate_argnames=("state",))
-_result = jax.jit(result, static_argnames=("config",))
+_begin = Program(begin, static_argnames=("step", "config"))
+_advance = Program(advance, static_argnames=("step", "config"), donate_argnames=("state",))
+_result = Program(result, static_argnames=("config",))
 
 
 class Update(NamedTuple):

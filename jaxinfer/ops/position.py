@@ -60,15 +60,27 @@ class Rope:
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate `x[B, H, T, d]` by `positions i32[B, T]`; entries from `rotary_dim` on pass unchanged."""
-        frequency, scale = frequencies(self)
-        angle = angles(frequency, positions[:, None])
-        return self._turn(x, jnp.cos(angle) * scale, jnp.sin(angle) * scale)
+        cos, sin = self._table(positions)
+        return self._turn(x, cos[:, None], sin[:, None])
 
     def rotate_pairwise(self, x: jax.Array, distance: jax.Array) -> jax.Array:
         """Rotate `x[B, H, T, 1, d]` by each entry of `distance[B, 1 or H, T, C] -> [B, H, T, C, d]` (oracles)."""
         frequency, scale = frequencies(self)
         angle = angles(frequency, distance)
         return self._turn(x, jnp.cos(angle) * scale**2, jnp.sin(angle) * scale**2)
+
+    def _table(self, positions):
+        """Scaled cosines and sines f32[..., rotary_dim / 2], one for all heads, both halves and all layers.
+
+        The product with the identity changes nothing: it is what XLA does not fuse. Without it every layer's rotation
+        evaluates sines anew for each head and half, which was 5 to 9 % of a decoding step on CPU at 8 to 64 rows.
+        """
+        frequency, scale = frequencies(self)
+        angle = angles(frequency, positions)
+        table = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1) * scale
+        table = jnp.matmul(table, np.eye(self.rotary_dim, dtype=np.float32), precision=jax.lax.Precision.HIGHEST)
+        cos, sin = jnp.split(table, 2, -1)
+        return cos, sin
 
     def _turn(self, x, cos, sin):
         turned, rest = x[..., : self.rotary_dim].astype(jnp.float32), x[..., self.rotary_dim :]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import InputError
+from jaxinfer.pallas_kernels.matmul.dense import dense
 
 Weight = Any  # jax.Array or a registered leaf type
 
@@ -59,7 +60,7 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
     rules = _RULES.get(type(w))
     if rules is not None and rules.dot is not None:
         return rules.dot(x, w)
-    return x @ materialize(w).astype(x.dtype)
+    return dense(x, materialize(w).astype(x.dtype))
 
 
 def dot_transposed(x: jax.Array, w: Weight) -> jax.Array:

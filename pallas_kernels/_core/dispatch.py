@@ -20,7 +20,7 @@ from jax import lax
 from jaxinfer.pallas_kernels._core.check import choice
 from jaxinfer.pallas_kernels._core.errors import UnsupportedError
 
-PLATFORMS = ("tpu", "cuda")
+PLATFORMS = ("cpu", "tpu", "cuda")
 
 
 def never(call: Any) -> str | None:
