@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels._core import targets
+from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.attention.decode import Codes, api, blocked, decode, numbers, quantize
+from jaxinfer.pallas_kernels.attention.decode.arg_specs import SPECS
 from jaxinfer.pallas_kernels.attention.decode.codes import pack, unpack
 from jaxinfer.pallas_kernels.attention.decode.schedule import parts_of, stream_k
 from tests import kernel_checks as checks
@@ -289,3 +291,55 @@ def test_bad_input(change, message):
     arguments = {"q": q, "k": k, "v": v, "lengths": LENGTHS} | change
     with pytest.raises(ArgumentError, match=message):
         decode(**arguments)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ["plain", "all", "transposed", "unified"])
+def test_tpu_interpreted(name):
+    q, k, v = arrays(11, transposed=name == "transposed")
+    got = compiled(name, impl="tpu", interpret=True)(q, k, v, LENGTHS)
+    checks.assert_close(got, compiled(name, impl="ref")(q, k, v, LENGTHS))
+
+
+@pytest.mark.parametrize(("bits", "transposed", "tokens"), [(8, True, 16), (4, False, 128), (4, True, 1)])
+def test_tpu_interpreted_codes(bits, transposed, tokens):
+    """Several blocks; constants a channel over groups within a block and as long as one, and constants a token."""
+    q, k, v = checks.normal(12, (2, 2, 1, 16), (2, 1, 384, 16), (2, 1, 384, 16))
+    k = jnp.swapaxes(k, 2, 3) if transposed else k
+    keys = quantize(k, bits=bits, tokens=tokens, channels=1 if tokens > 1 else None, transposed=transposed)
+    values, lengths = quantize(v, bits=bits, symmetric=True), jnp.array([300, 128])
+    options = {"transposed": transposed, "block": 128}
+    got = decode(q, keys, values, lengths, impl="tpu", interpret=True, **options)
+    checks.assert_close(got, decode(q, keys, values, lengths, impl="ref", **options))
+
+
+def test_tpu_interpreted_gradient():
+    q, k, v = arrays(13)
+
+    def f(impl, q, k, v):
+        return (decode(q, k, v, LENGTHS, impl=impl, interpret=impl == "tpu")[0] ** 2).sum()
+
+    got, want = (jax.grad(functools.partial(f, impl), (0, 1, 2))(q, k, v) for impl in ("tpu", "blocked"))
+    checks.assert_close(got, want)
+
+
+def test_tpu_refuses():
+    q, k, v = arrays()
+    with pytest.raises(UnsupportedError, match="impl='tpu' cannot serve this call: blocks of 24 tokens"):
+        decode(q, k, v, LENGTHS, impl="tpu", block=24)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_lowers_for_tpu(name):
+    spec = SPECS[name]
+    f = functools.partial(decode, transposed=spec.transposed, **dict(spec.options))
+    checks.assert_lowers(f, *spec.arguments(), platform="tpu")
+
+
+@checks.needs_target("v5e")
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", SPECS)
+def test_compiles_for_tpu(name, target):
+    spec = SPECS[name]
+    f = functools.partial(decode, transposed=spec.transposed, **dict(spec.options))
+    checks.assert_within_budget("decode", name, targets.compile_for(f, *spec.arguments(), target=target))

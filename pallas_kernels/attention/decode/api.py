@@ -22,7 +22,7 @@ from jax import lax
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.attention.decode import blocked, ref
+from jaxinfer.pallas_kernels.attention.decode import blocked, ref, tpu
 from jaxinfer.pallas_kernels.attention.decode.call import Call, Store, cuts_groups
 from jaxinfer.pallas_kernels.attention.decode.codes import BITS, Codes
 
@@ -30,6 +30,7 @@ from jaxinfer.pallas_kernels.attention.decode.codes import BITS, Codes
 SAFE = 60.0
 
 FORMS = (
+    Form("tpu", tpu.attend, platform="tpu", refuses=tpu.refuses),
     Form("blocked", blocked.attend),
     Form("ref", ref.attend, automatic=False),
 )
@@ -67,7 +68,8 @@ def decode(
 
     `unified_max`: FlashDecoding++'s constant, near the largest scores; the result stays exact. `invariant`: a row's
     bits do not depend on the other rows, at the price of an uneven split. `block`: tokens of the cache at a time.
-    Differentiable in q, k, v, scales, offsets and slopes. `impl`: "blocked", "tpu", "gpu" or "ref".
+    Differentiable in q, k, v, scales, offsets and slopes. `impl`: "blocked", "tpu", "gpu" or "ref";
+    `interpret` runs a named "tpu" or "gpu" form on any machine.
 
     Raises ArgumentError for shapes, dtypes, options or known lengths that do not fit, before anything is traced;
     UnsupportedError where the form named by `impl` cannot serve.

@@ -32,6 +32,10 @@ class Store:
         """Whether this holds codes."""
         return self.kind in ("int8", "int4")
 
+    def per_token(self, dim: int) -> bool:
+        """Whether all channels of a token share their constants, which can then be taken out of a product."""
+        return self.coded and self.channels == dim
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
