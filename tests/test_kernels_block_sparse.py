@@ -9,7 +9,16 @@ from jaxinfer.pallas_kernels._core.errors import ArgumentError
 from jaxinfer.pallas_kernels.attention.block_sparse import block_sparse
 from jaxinfer.pallas_kernels.attention.block_sparse.call import turn
 from jaxinfer.pallas_kernels.attention.flash import flash
-from tests.kernel_checks import assert_close, error, normal
+from tests.kernel_checks import (
+    assert_close,
+    assert_lowers,
+    assert_within_budget,
+    avals,
+    error,
+    needs_target,
+    normal,
+    targets,
+)
 
 
 def lists(seed, rows, heads, q_blocks, k_blocks, longest):
@@ -33,10 +42,21 @@ CASES = {
     ),
 }
 
+# The TPU takes blocks of 128 queries, or all of them.
+TPU_CASES = {
+    "a block of all queries": ((2, 2, 1, 32, 64, 16, 24), (32, 16), (2, 2), {"causal": True}),
+    "two blocks, ragged": (
+        (1, 2, 1, 256, 64, 8, 8),
+        (128, 32),
+        (1, 1),
+        {"softcap": 6.0, "q_lengths": [200], "kv_lengths": [50], "slopes": True},
+    ),
+}
+
 
 def results(name, dtype="float32", **how):
     """Both results and the three gradients, of one compiled program."""
-    (b, h, g, t, s, d, e), block, (rows, heads), options = CASES[name]
+    (b, h, g, t, s, d, e), block, (rows, heads), options = (CASES | TPU_CASES)[name]
     qkv = normal(1, (b, h, t, d), (b, g, s, d), (b, g, s, e), dtype=dtype)
     cotangents = (normal(2, (b, h, t, e), dtype=dtype)[0], normal(3, (b, h, t))[0])
     options = {key: jnp.asarray(x, jnp.int32) if key.endswith("lengths") else x for key, x in options.items()}
@@ -61,6 +81,41 @@ def test_blocked_is_the_masked_softmax(name):
 def test_bfloat16():
     name = "grouped, a list a head"
     assert_close(results(name, "bfloat16"), results(name, "bfloat16", impl="ref"), "bfloat16", factor=2)
+
+
+@pytest.mark.parametrize("name", TPU_CASES)
+def test_tpu_form_interpreted(name):
+    assert_close(results(name, interpret=True), results(name, impl="ref"), factor=3)
+
+
+def production(impl, block):
+    """A function whose program holds the forward and the backward kernels, its arguments: 1/8 of 8192 keys listed."""
+    heads, length, dim = 8, 8192, 128
+    rng = np.random.default_rng(0)
+    blocks = length // block[1]
+    order = rng.permuted(np.tile(np.arange(blocks), (1, heads, length // block[0], 1)), axis=-1)
+    indices = order[..., : blocks // 8].astype(np.int32)
+    counts = np.full(indices.shape[:3], blocks // 8, np.int32)
+
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *x: block_sparse(*x, indices, counts, block=block, causal=True, impl=impl), q, k, v)
+        return pull(out)
+
+    return run, avals((1, heads, length, dim), *[(1, 2, length, dim)] * 2)
+
+
+def test_tpu_form_lowers():
+    run, arguments = production(None, (128, 128))
+    assert_lowers(run, *arguments, platform="tpu", calls=3)
+
+
+@needs_target("v5e")
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_tpu_form_compiles(target):
+    run, arguments = production("tpu", (128, 128))
+    build = targets.compile_for(run, *arguments, target=target)
+    assert len(build.kernels) == 3
+    assert_within_budget("block_sparse", "1/8 of 8192, 128x128", build)
 
 
 def test_all_blocks_listed_is_flash():

@@ -10,7 +10,8 @@ import pytest
 from jaxinfer.pallas_kernels._core.errors import ArgumentError
 from jaxinfer.pallas_kernels.attention.combine import combine
 from jaxinfer.pallas_kernels.attention.flash import api, flash
-from tests.kernel_checks import assert_close, error, normal
+from jaxinfer.pallas_kernels.attention.flash.arg_specs import SPECS
+from tests.kernel_checks import assert_close, assert_lowers, assert_within_budget, error, needs_target, normal, targets
 
 # name -> (B, H, G, T, S, d, e), options. Lengths that are no multiples of blocks, and rows that see nothing.
 CASES = {
@@ -61,6 +62,35 @@ def test_blocked_is_the_softmax(name):
 def test_bfloat16_and_default_blocks():
     name = "ragged, alibi, softcap"
     assert_close(results(name, "bfloat16"), results(name, "bfloat16", impl="ref"), "bfloat16", factor=2)
+
+
+@pytest.mark.parametrize("name", ["causal, grouped, more keys", "ragged, alibi, softcap"])
+def test_tpu_form_interpreted(name):
+    assert_close(results(name, interpret=True, block=(128, 32)), results(name, impl="ref"), factor=3)
+
+
+def both_directions(spec, impl):
+    """A function of a Spec's arrays whose program holds the forward and the backward kernels."""
+
+    def run(qkv, arrays):
+        out, pull = jax.vjp(lambda *x: flash(*x, **spec.options, **arrays, impl=impl), *qkv)
+        return pull(out)
+
+    return run
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_tpu_form_lowers(spec):
+    assert_lowers(both_directions(spec, None), spec.qkv(), spec.arrays(), platform="tpu", calls=3)
+
+
+@needs_target("v5e")
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_tpu_form_compiles(spec, target):
+    build = targets.compile_for(both_directions(spec, "tpu"), spec.qkv(), spec.arrays(), target=target)
+    assert len(build.kernels) == 3
+    assert_within_budget("flash", spec.name, build)
 
 
 def test_empty_rows():

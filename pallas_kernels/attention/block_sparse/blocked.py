@@ -1,7 +1,7 @@
 """Block-sparse attention in XLA: listed key blocks are gathered into panels, and only they are read and multiplied.
 
-The loops are those of `flash.blocked`: a panel is ..., 4, 2 or 1 listed blocks, as many as remain, so that products stay
-about as wide as dense ones and the time is close to the density times the dense time.
+The loops are those of `flash.blocked`: a panel is ..., 4, 2 or 1 listed blocks, as many as remain, so that products
+stay about as wide as dense ones and the time is close to the density times the dense time.
 
 Stability: experimental.
 """

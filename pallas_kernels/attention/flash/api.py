@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch, named
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.attention.flash import blocked, ref
+from jaxinfer.pallas_kernels.attention.flash import blocked, ref, tpu
 from jaxinfer.pallas_kernels.attention.flash.call import Call
 from jaxinfer.pallas_kernels.attention.flash.scores import Rules
 
@@ -119,10 +119,12 @@ def _ref_backward(call: Call, q, k, v, q_lengths, kv_lengths, slopes, out, lse, 
 
 
 FORWARD = (
+    Form("tpu", tpu.forward, platform="tpu", refuses=tpu.refuses),
     Form("blocked", blocked.forward),
     Form("ref", ref.forward, automatic=False),
 )
 BACKWARD = (
+    Form("tpu", tpu.backward, platform="tpu", refuses=tpu.refuses),
     Form("blocked", blocked.backward),
     Form("ref", _ref_backward, automatic=False),
 )
