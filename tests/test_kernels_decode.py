@@ -343,3 +343,55 @@ def test_compiles_for_tpu(name, target):
     spec = SPECS[name]
     f = functools.partial(decode, transposed=spec.transposed, **dict(spec.options))
     checks.assert_within_budget("decode", name, targets.compile_for(f, *spec.arguments(), target=target))
+
+
+GPU = {
+    "plain": {},
+    "all": {"window": 20, "softcap": 2.0, "alibi": SLOPES, "scale": 0.3},
+    "transposed": {"transposed": True},
+    "unified": {"unified_max": 3.0},
+    "codes of tokens": {"tokens": 1},
+    "codes of channels": {"tokens": 64, "channels": 1},
+}
+
+
+@checks.needs_mosaic_gpu
+@pytest.mark.parametrize("name", GPU)
+def test_gpu_interpreted(name):
+    """Three workers, whose runs end inside items; an empty row, a row that ends inside a block."""
+    q, k, v = checks.normal(14, (3, 4, 2, 64), (3, 2, 192, 64), (3, 2, 192, 64), dtype="bfloat16")
+    options = dict(GPU[name])
+    if "codes" in name:
+        k, v = quantize(k, **options, symmetric=True), quantize(v)
+        options = {}
+    elif name == "transposed":
+        k = jnp.swapaxes(k, 2, 3)
+    lengths = jnp.array([192, 0, 70])
+    got = decode(q, k, v, lengths, impl="gpu", interpret=True, block=64, **options)
+    checks.assert_close(got, decode(q, k, v, lengths, impl="ref", **options), "bfloat16")
+
+
+@checks.needs_mosaic_gpu
+def test_gpu_refuses():
+    q, k, v = arrays()
+    with pytest.raises(UnsupportedError, match="impl='gpu' cannot serve this call: queries are float32"):
+        decode(q, k, v, LENGTHS, impl="gpu")
+
+
+HOPPER = [name for name, spec in SPECS.items() if spec.dtype != "float32"]
+
+
+@checks.needs_mosaic_gpu
+@pytest.mark.parametrize("name", HOPPER)
+def test_lowers_for_gpu(name):
+    spec = SPECS[name]
+    f = functools.partial(decode, transposed=spec.transposed, **dict(spec.options))
+    checks.assert_lowers(f, *spec.arguments(), platform="cuda")
+
+
+@checks.needs_target("h200")
+@pytest.mark.parametrize("name", HOPPER)
+def test_compiles_for_gpu(name):
+    spec = SPECS[name]
+    f = functools.partial(decode, transposed=spec.transposed, **dict(spec.options))
+    checks.assert_within_budget("decode", name, targets.compile_for(f, *spec.arguments(), target="h200"))

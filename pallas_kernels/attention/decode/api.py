@@ -22,7 +22,7 @@ from jax import lax
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.attention.decode import blocked, ref, tpu
+from jaxinfer.pallas_kernels.attention.decode import blocked, gpu, ref, tpu
 from jaxinfer.pallas_kernels.attention.decode.call import Call, Store, cuts_groups
 from jaxinfer.pallas_kernels.attention.decode.codes import BITS, Codes
 
@@ -30,6 +30,7 @@ from jaxinfer.pallas_kernels.attention.decode.codes import BITS, Codes
 SAFE = 60.0
 
 FORMS = (
+    Form("gpu", gpu.attend, platform="cuda", refuses=gpu.refuses),
     Form("tpu", tpu.attend, platform="tpu", refuses=tpu.refuses),
     Form("blocked", blocked.attend),
     Form("ref", ref.attend, automatic=False),

@@ -65,11 +65,12 @@ def live_blocks(call: Call, queries: Queries, lengths: jax.Array, block: int) ->
 
 
 def merge(parts: State, there: jax.Array) -> State:
-    """Merge the parts `[N, W, ...]` of each item, those that are `there bool[N, W]`."""
+    """Merge the parts `[N, W, ...]` of each item, those that are `there bool[N, W]`; the others may be anything."""
     there = as_rank(there, parts.peak)
     peak = jnp.where(there, parts.peak, FLOOR).max(1)
     weight = jnp.where(there, jnp.exp(parts.peak - peak[:, None]), 0.0)
-    return State(peak, (parts.total * weight).sum(1), (parts.out * weight[..., None]).sum(1))
+    total = jnp.where(there, parts.total * weight, 0.0).sum(1)
+    return State(peak, total, jnp.where(there[..., None], parts.out * weight[..., None], 0.0).sum(1))
 
 
 def as_rank(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -18,12 +18,13 @@ from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.attention.combine import combine
-from jaxinfer.pallas_kernels.attention.decode import blocked, tpu
+from jaxinfer.pallas_kernels.attention.decode import blocked, gpu, tpu
 from jaxinfer.pallas_kernels.attention.decode.api import check_options, decode, newest
 from jaxinfer.pallas_kernels.attention.decode.call import Call, Store
 from jaxinfer.pallas_kernels.attention.shared_prefix import packed, ref
 
 FORMS = (
+    Form("gpu", functools.partial(packed.attend, gpu.items, gpu.TILE), platform="cuda", refuses=gpu.refuses),
     Form("tpu", functools.partial(packed.attend, tpu.items, tpu.TILE), platform="tpu", refuses=tpu.refuses),
     Form("blocked", functools.partial(packed.attend, blocked.items, blocked.TILE)),
     Form("ref", ref.attend, automatic=False),
