@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.kernel_checks import assert_close, normal
 
-from jaxinfer.pallas_kernels._core.errors import ArgumentError
-from jaxinfer.pallas_kernels.matmul import elements
+from jaxinfer.pallas_kernels._core import targets
+from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
+from jaxinfer.pallas_kernels.matmul import arg_specs, elements
 from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul, quantize_rows
 from jaxinfer.pallas_kernels.matmul.int8acts.api import FITTING
-from jaxinfer.pallas_kernels.matmul.lowbit import lowbit_matmul, lowbit_matmul_across
+from jaxinfer.pallas_kernels.matmul.lowbit import gpu, lowbit_matmul, lowbit_matmul_across
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, contradiction, dequantize, make
+from tests import kernel_checks as checks
+from tests.kernel_checks import assert_close, normal
 
 N, K = 48, 64
 
@@ -98,6 +100,90 @@ def test_integer_products_are_exact_for_the_rounded_activations(name, per_group)
         assert_close(y, rounded.reshape(-1, K) @ dense.T)
     naive = int8_matmul(few, w, per_group=per_group, impl="ref")
     assert_close(naive, run(few, one, w)[0][0])
+
+
+# One of each way through the TPU kernel: one group, several in a tile, a group over tiles, two planes, floats.
+TPU_FORMATS = {
+    "int8": ("int8", 1, 256, {}),
+    "int4 zeros": ("int4", 8, 512, {"zeros": True}),
+    "int2 wide groups": ("int2", 2, 2048, {}),
+    "int3": ("int3", 8, 1024, {"zeros": True}),
+    "nvfp4": ("e2m1", 16, 256, {"scales": "float8_e4m3fn"}),
+    "fp8 blocks": ("e4m3", 2, 256, {"rows": 16}),
+}
+
+
+@pytest.mark.parametrize("name", TPU_FORMATS)
+def test_the_tpu_form_interpreted(name):
+    element, groups, k, options = TPU_FORMATS[name]
+    w, dense = random_weight(element, groups, n=128, k=k, **options)
+    x, g = normal(1, (3, k), (3, 128))
+
+    @jax.jit
+    def run(x, g, w):
+        y, pull = jax.vjp(lambda x: lowbit_matmul(x, w, impl="tpu", interpret=True), x)
+        return y, pull(g)[0]
+
+    assert_close(run(x, g, w), (x @ dense.T, g @ dense))
+
+
+@pytest.mark.parametrize("name", arg_specs.FORMATS)
+def test_every_format_lowers_for_tpu(name):
+    n, k = arg_specs.SHAPES[1]
+    w = arg_specs.weight(name, n, k)
+    for m, dtype in ((1, "bfloat16"), (512, "bfloat16"), (16, "float32")):
+        x = checks.avals((m, k), dtype=dtype)
+        checks.assert_lowers(lambda x, w: lowbit_matmul(x, w, impl="tpu"), *x, w, platform="tpu")
+
+
+@checks.needs_mosaic_gpu
+@pytest.mark.parametrize("name", arg_specs.FORMATS)
+def test_every_format_lowers_for_hopper(name):
+    n, k = arg_specs.SHAPES[1]
+    w = arg_specs.weight(name, n, k)
+    for m in (1, 512):
+        checks.assert_lowers(lambda x, w: lowbit_matmul(x, w, impl="gpu"), *checks.avals((m, k)), w, platform="cuda")
+
+
+@checks.needs_target("v5e")
+@pytest.mark.parametrize("name", arg_specs.FORMATS)
+def test_every_format_compiles_for_tpu(name):
+    n, k = arg_specs.SHAPES[1]
+    build = targets.compile_for(
+        lambda x, w: lowbit_matmul(x, w, impl="tpu"), *checks.avals((64, k)), arg_specs.weight(name, n, k), target="v5e"
+    )
+    checks.assert_within_budget("lowbit", name, build)
+
+
+@checks.needs_target("h200")
+@pytest.mark.parametrize("m", [16, 64, 512])
+@pytest.mark.parametrize("name", arg_specs.FORMATS)
+def test_every_format_compiles_for_hopper(name, m):
+    n, k = arg_specs.SHAPES[1]
+    build = targets.compile_for(
+        lambda x, w: lowbit_matmul(x, w, impl="gpu"), *checks.avals((m, k)), arg_specs.weight(name, n, k), target="h200"
+    )
+    checks.assert_within_budget("lowbit", f"{name}, {m} rows", build)
+
+
+@pytest.mark.parametrize("element,groups", [("int4", 4), ("e2m1", 2), ("int8", 4)])
+def test_stream_order_is_that_of_the_bytes(element, groups):
+    """What the Hopper kernel multiplies, written with arrays: bytes read as int4, by x in stream order."""
+    w, _ = random_weight(element, groups)
+    x = normal(1, (3, K))[0]
+    codes = np.asarray(gpu.as_streamed(w).astype(jnp.int32))
+    kind = elements.ELEMENTS[element]
+    values = elements.table(kind)[codes & (2**kind.bits - 1)] * np.repeat(np.asarray(w.scales), K // groups, 1)
+    assert_close(gpu.in_stream_order(x, w) @ values.T, lowbit_matmul(x, w, impl="ref"))
+
+
+def test_forms_say_why_they_cannot_serve():
+    w, _ = random_weight("int4", 4)
+    x = jnp.ones((3, K))
+    with pytest.raises(UnsupportedError, match="impl='tpu'.*multiples of 128 lanes"):
+        lowbit_matmul(x, w, impl="tpu")
+    with pytest.raises(UnsupportedError, match="impl='gpu'.*(jax 0.11.2|bfloat16)"):
+        lowbit_matmul(x, w, impl="gpu")
 
 
 def test_scales_get_their_gradient():

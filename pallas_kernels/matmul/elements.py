@@ -98,6 +98,22 @@ def value(field: jax.Array, element: Element) -> jax.Array:
     return out if element.raw_unit == 1.0 else out * element.raw_unit
 
 
+def value32(field: jax.Array, element: Element) -> jax.Array:
+    """`value` for machines without half precision, all in 32 bits: `i32` fields (whole codes as bytes) to `f32`."""
+    if element.kind == "int":
+        half = 2 ** (element.bits - 1)
+        return ((field ^ half) - half).astype(jnp.float32)
+    e, m = element.exponent, element.mantissa
+    size = field & (2 ** (e + m) - 1)
+    out = lax.bitcast_convert_type((size << (23 - m)) + ((128 - 2 ** (e - 1)) << 23), jnp.float32)
+    out = jnp.where(size < 2**m, size.astype(jnp.float32) * element.unit, out)  # subnormals have no such place
+    if element.name == "e4m3":
+        out = jnp.where(size == 0x7F, jnp.nan, out)
+    if element.name == "e5m2":
+        out = jnp.where(size > 0x7C, jnp.nan, jnp.where(size == 0x7C, jnp.inf, out))
+    return jnp.where(field >> (e + m) == 0, out, -out)
+
+
 def float8(x: jax.Array) -> jax.Array:
     """A float8 array as f32: XLA's own conversion is slower on a CPU."""
     return value(x, ELEMENTS["e5m2" if x.dtype == jnp.float8_e5m2 else "e4m3"])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
-from jaxinfer.pallas_kernels.matmul.lowbit import blocked
+from jaxinfer.pallas_kernels.matmul.lowbit import blocked, gpu, tpu
 from jaxinfer.pallas_kernels.matmul.lowbit.ref import lowbit_ref
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, check_product, dequantize
 
@@ -45,7 +45,7 @@ def lowbit_matmul(
     """`x[M, K]`, `weight` of K inputs and N outputs -> `[M, N]` in the dtype of x.
 
     Sums are float32. `impl`: "ref", "blocked", "tpu", "gpu" or None for what fits the platform; `block`: outputs at a
-    time; `interpret` runs the TPU or GPU form on any machine.
+    time; `interpret` runs the TPU form on any machine.
     Raises ArgumentError for arrays that do not fit each other, UnsupportedError for an `impl` that cannot serve.
     """
     check_product("lowbit_matmul", x, weight)
@@ -74,6 +74,8 @@ def _blocked(call: Call, x: jax.Array, w: LowBit) -> jax.Array:
 
 
 FORMS = (
+    Form("tpu", tpu.product, platform="tpu", refuses=tpu.refuses),
+    Form("gpu", gpu.product, platform="cuda", refuses=gpu.refuses),
     Form("blocked", _blocked),
     Form("ref", _ref, automatic=False),
 )

@@ -10,6 +10,8 @@ Stability: internal.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,8 +45,8 @@ def blocking(w: LowBit, rows: int | None = None) -> tuple[int, int]:
     return strips, min(max(1, rows // strips), w.outputs // strips)
 
 
-def product(x: jax.Array, w: LowBit, rows: int | None = None) -> jax.Array:
-    """`x[M, K]`, weight of N outputs -> `x.dtype[M, N]`."""
+def product(x: jax.Array, w: LowBit, rows: int | None = None, out: Any = None) -> jax.Array:
+    """`x[M, K]`, weight of N outputs -> `[M, N]` of dtype `out`, by default that of x."""
     m, n, after, w = x.shape[0], w.outputs, w.groups == 1 and w.zeros is None, prepared(w)
     strips, size = blocking(w, rows)
     wide = jnp.float32 if m <= FEW or x.dtype != jnp.bfloat16 else jnp.bfloat16
@@ -55,22 +57,22 @@ def product(x: jax.Array, w: LowBit, rows: int | None = None) -> jax.Array:
 
     def block(start: jax.Array) -> jax.Array:
         some = block_of(w, start, strips, size)
-        out = jnp.zeros((some.outputs, m), jnp.float32)
+        sums = jnp.zeros((some.outputs, m), jnp.float32)
         for index in range(w.pieces):
             dense = decoded_piece(some, index, scaled=not after).astype(wide)
-            out += lax.dot_general(dense, columns[index], contract, preferred_element_type=jnp.float32)
-        return (out * some.scales if after else out).reshape(strips, size, m)
+            sums += lax.dot_general(dense, columns[index], contract, preferred_element_type=jnp.float32)
+        return (sums * some.scales if after else sums).reshape(strips, size, m)
 
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, n // strips - size)  # the last block reaches back over rows done before
-        return lax.dynamic_update_slice(out, block(start), (0, start, 0))
+        return lax.dynamic_update_slice(y, block(start), (0, start, 0))
 
     steps = -(-n // strips // size)
     if steps == 1:
-        out = block(jnp.int32(0))
+        y = block(jnp.int32(0))
     else:
-        out = lax.fori_loop(0, steps, step, jnp.zeros((strips, n // strips, m), jnp.float32))
-    return out.reshape(n, m).T.astype(x.dtype)
+        y = lax.fori_loop(0, steps, step, jnp.zeros((strips, n // strips, m), jnp.float32))
+    return y.reshape(n, m).T.astype(out or x.dtype)
 
 
 def product_across(y: jax.Array, w: LowBit, rows: int | None = None) -> jax.Array:
