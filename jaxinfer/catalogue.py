@@ -312,6 +312,14 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.ops.position:sinusoid",
         paper=Paper("Vaswani et al.", 2017, "1706.03762"),
     ),
+    Method(
+        name="nope",
+        family="position",
+        title="no encoding at all: ModelConfig(position='none')",
+        guarantee="exact",
+        entry="jaxinfer.models.config:ModelConfig",
+        paper=Paper("Kazemnejad, Padhi, Natesan, Das, Reddy", 2023, "2305.19466"),
+    ),
 )
 
 

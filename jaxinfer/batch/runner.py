@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from jaxinfer.batch.answers import Sample, TopTokens, answer_line, error_line
 from jaxinfer.batch.job import Claim, Job, Row, Totals
 from jaxinfer.batch.requests import BadRow, Codec, Limits, Prepared, identity, prepare_row
-from jaxinfer.decode.text import Detokenizer, StopMatcher
+from jaxinfer.decode.text import CutText
 from jaxinfer.errors import JobError
 
 _LAST = 4  # sets of slots that make up the end of a job, in which the order of rows decides how full slots stay
@@ -157,8 +157,7 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
     text: str = ""
-    detokenizer: Detokenizer | None = None
-    matcher: StopMatcher | None = None
+    cut: CutText | None = None  # where the request has stop strings
 
     def restarted(self) -> "_Sequence":
         return _Sequence(self.row, self.sample)
@@ -329,8 +328,7 @@ class Runner:
             key = row_key(seed, request.id, sequence.sample)
             admissions.append(Admission(slot, sequence.row.prepared, key))
             if request.params.stop:
-                sequence.detokenizer = Detokenizer(self._codec.decode)
-                sequence.matcher = StopMatcher(request.params.stop)
+                sequence.cut = CutText(self._codec.decode, request.params.stop)
         if admissions:
             self._engine.admit(admissions)
 
@@ -402,19 +400,18 @@ class Runner:
             self._end(sequence, event.finished)
 
     def _meets_stop(self, sequence: _Sequence, token: int) -> bool:
-        if sequence.detokenizer is None or sequence.matcher is None:
+        if sequence.cut is None:
             return False
         may_stop = len(sequence.tokens) >= sequence.row.prepared.request.params.min_tokens
-        visible, stopped = sequence.matcher.push(sequence.detokenizer.push([token]), may_stop=may_stop)
-        sequence.text += visible
-        return stopped
+        sequence.text += sequence.cut.push(token, may_stop=may_stop)
+        return sequence.cut.stopped
 
     def _end(self, sequence: _Sequence, reason: str) -> None:
         """Ends a sequence that the engine finished; a stop string may still hide in the last unfinished character."""
-        if sequence.detokenizer is not None and sequence.matcher is not None:
-            visible, stopped = sequence.matcher.push(sequence.detokenizer.flush())
-            if stopped:
-                self._finish(sequence, "stop", sequence.text + visible)
+        if sequence.cut is not None:
+            rest = sequence.cut.end()
+            if sequence.cut.stopped:
+                self._finish(sequence, "stop", sequence.text + rest)
                 return
         tokens = sequence.tokens[:-1] if reason == "stop" else sequence.tokens
         self._finish(sequence, reason, self._codec.decode(tokens))

@@ -22,7 +22,7 @@ from jaxinfer.decode import loop
 from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.sampling import Features, Sampling
-from jaxinfer.decode.text import Detokenizer, StopMatcher
+from jaxinfer.decode.text import CutText
 from jaxinfer.decode.types import Drafter, Reason, Step
 
 log = logging.getLogger("jaxinfer")
@@ -92,8 +92,7 @@ class Answer:
         self.params = row.request.params
         self.tokens: list[int] = []
         self.reason: str | None = None
-        self._detokenizer = Detokenizer(codec.decode)
-        self._matcher = StopMatcher(self.params.stop)
+        self._cut = CutText(codec.decode, self.params.stop)
         self._pieces: list[str] = []
         if self.params.echo:
             prompt = row.request.prompt
@@ -113,21 +112,16 @@ class Answer:
             self.tokens.append(token)
             if reason == Reason.EOS and i == len(tokens) - 1:
                 break  # the end token has no text
-            self._push(self._detokenizer.push([token]), may_stop=len(self.tokens) >= self.params.min_tokens)
-            if self._matcher.stopped:
+            self._pieces.append(self._cut.push(token, may_stop=len(self.tokens) >= self.params.min_tokens))
+            if self._cut.stopped:
                 break
-        if not self._matcher.stopped and reason != Reason.RUNNING:
-            self._push(self._detokenizer.flush())
-            if not self._matcher.stopped:
-                self._pieces.append(self._matcher.flush())
-                self.reason = reason.word
-        if self._matcher.stopped:
+        if not self._cut.stopped and reason != Reason.RUNNING:
+            self._pieces.append(self._cut.end())
+            self.reason = reason.word
+        if self._cut.stopped:
             self.reason = "stop"
         new, self._given = self._pieces[self._given :], len(self._pieces)
         return "".join(new)
-
-    def _push(self, text: str, *, may_stop: bool = True) -> None:
-        self._pieces.append(self._matcher.push(text, may_stop=may_stop)[0])
 
 
 class Run:

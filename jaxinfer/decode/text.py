@@ -1,4 +1,4 @@
-"""Text from tokens as they come: an incremental detokenizer and a stop-string matcher (host layer, no arrays).
+"""Text from tokens as they come: an incremental detokenizer, a stop-string matcher, and both in a row (no arrays).
 
 A token may hold a part of a character, and a stop string may begin in one token and end in another. `Detokenizer`
 gives out only whole characters; `StopMatcher` gives out only text that can no longer become part of a stop string.
@@ -121,3 +121,27 @@ class StopMatcher:
                     longest = size
                     break
         return longest
+
+
+class CutText:
+    """The text of one answer as its tokens come, up to the first of `stops`: a Detokenizer and a StopMatcher in a row.
+
+    `stopped` tells whether a stop string was met; from then on there is no more text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
+        self._detokenizer, self._matcher = Detokenizer(decode), StopMatcher(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met."""
+        return self._matcher.stopped
+
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is certain with one more token; `may_stop` as for `StopMatcher.push`."""
+        return self._matcher.push(self._detokenizer.push([token]), may_stop=may_stop)[0]
+
+    def end(self) -> str:
+        """What was held back: the answer has ended. A stop string may still hide in an unfinished character."""
+        visible = self._matcher.push(self._detokenizer.flush())[0]
+        return visible if self.stopped else visible + self._matcher.flush()

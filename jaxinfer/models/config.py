@@ -1,5 +1,8 @@
 """The one configuration of the one decoder: every family is a value of it.
 
+`position` chooses among the encodings that Kazemnejad et al. 2023 (2305.19466) compare, none at all among them (NoPE:
+the causal mask alone tells a decoder where a token stands).
+
 Stability: experimental.
 """
 
