@@ -79,6 +79,7 @@ def peer_runs(folder: Path, prompts: jax.Array, tokens: int) -> dict[str, Any]:
     import torch
     import transformers
 
+    torch._dynamo.reset()  # else it stops compiling after eight forms, and the later batch sizes would run uncompiled
     ids = torch.from_numpy(np.asarray(prompts).astype(np.int64))
     mask = torch.ones_like(ids)
     options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
