@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jaxinfer.cli import main
+from jaxinfer.cli.forms import KERNELS
 from jaxinfer.cli.specs import Registry
 from jaxinfer.errors import InputError
 
+KERNEL_FOLDER = Path(__file__).parent.parent / "pallas_kernels"
 COMMANDS = ("generate", "compare", "info", "methods", "doctor")
 
 
@@ -95,11 +99,24 @@ def test_doctor(capsys):
     assert report["versions"]["jax"]["version"]
     assert report["host"]["cores"] >= 1
     assert report["memory"]["total"] >= report["memory"]["available"] > 0
-    assert {f["op"] for f in report["forms"]} >= {"dot", "attend"}
+    forms = {f["op"]: f for f in report["forms"]}
+    assert forms["flash attention"]["form"] == "blocked"
+    assert "code for tpu" in forms["flash attention"]["others"]["tpu"]
+    assert forms["dense product"]["form"] == "split, else plain"
     assert {m["name"] for m in report["models"]} == {"tinycode", "tinycode-draft"}
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert "attend" in out
+
+
+def test_doctor_knows_every_kernel():
+    tables = {
+        f"{path.parent.relative_to(KERNEL_FOLDER).as_posix().replace('/', '.')}.api:{name}"
+        for path in KERNEL_FOLDER.rglob("api.py")
+        for name in ("FORMS", "FORWARD")
+        if re.search(rf"^{name} = ", path.read_text(), re.MULTILINE)
+    }
+    assert set(KERNELS.values()) == tables
 
 
 def test_info(capsys, tiny_model):

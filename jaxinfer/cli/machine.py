@@ -36,6 +36,7 @@ FEATURES = (
 def report() -> dict[str, Any]:
     """Everything that `jaxinfer doctor` shows, as JSON values."""
     from jaxinfer.cli import compiled
+    from jaxinfer.cli.forms import forms
 
     return {
         "versions": {name: {"version": _version(name), "for": what} for name, what in PACKAGES.items()},
@@ -43,7 +44,7 @@ def report() -> dict[str, Any]:
         "memory": host_memory(),
         "devices": _devices(),
         "compilation_cache": str(compiled.cache_directory()),
-        "forms": _forms(),
+        "forms": forms(),
         "models": _models(),
     }
 
@@ -138,23 +139,6 @@ def available_memory() -> tuple[int, str]:
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"{device.device_kind} {device.id}"
     return host_memory()["available"], "this machine"
-
-
-def _forms() -> list[dict[str, Any]]:
-    """Each operation with the form it takes on the default device. There are no kernels yet: every form is XLA's."""
-    import jax
-
-    device = jax.local_devices()[0].device_kind
-    missing = "none is written yet"
-    others = {"Mosaic TPU": missing, "Mosaic GPU": missing}
-    on_cpu = jax.default_backend() == "cpu"
-    xla = "XLA's own products are the fast form on a CPU" if on_cpu else f"no kernel for {device}"
-    return [
-        {"op": "dot", "form": "XLA dot_general", "why": xla, "others": others},
-        {"op": "ragged_dot", "form": "jax.lax.ragged_dot", "why": xla, "others": others},
-        {"op": "attend", "form": "XLA, one softmax over all segments", "why": xla, "others": others},
-        {"op": "commit", "form": "XLA scatter per row", "why": "keeps a sharded batch where it is", "others": {}},
-    ]
 
 
 def _models() -> list[dict[str, Any]]:
