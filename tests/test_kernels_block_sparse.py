@@ -15,6 +15,7 @@ from tests.kernel_checks import (
     assert_within_budget,
     avals,
     error,
+    needs_mosaic_gpu,
     needs_target,
     normal,
     targets,
@@ -116,6 +117,21 @@ def test_tpu_form_compiles(target):
     build = targets.compile_for(run, *arguments, target=target)
     assert len(build.kernels) == 3
     assert_within_budget("block_sparse", "1/8 of 8192, 128x128", build)
+
+
+@needs_mosaic_gpu
+def test_gpu_form_lowers():
+    run, arguments = production("gpu", (64, 64))
+    assert_lowers(run, *arguments, platform="cuda", calls=3)
+
+
+@needs_target("h200")
+@pytest.mark.parametrize("block", [(64, 64), (128, 128)])
+def test_gpu_form_compiles(block):
+    run, arguments = production("gpu", block)
+    build = targets.compile_for(run, *arguments, target="h200")
+    assert len(build.kernels) == 3
+    assert_within_budget("block_sparse", f"1/8 of 8192, {block[0]}x{block[1]}", build)
 
 
 def test_all_blocks_listed_is_flash():

@@ -7,11 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.attention.combine import combine
 from jaxinfer.pallas_kernels.attention.flash import api, flash
 from jaxinfer.pallas_kernels.attention.flash.arg_specs import SPECS
-from tests.kernel_checks import assert_close, assert_lowers, assert_within_budget, error, needs_target, normal, targets
+from tests.kernel_checks import (
+    assert_close,
+    assert_lowers,
+    assert_within_budget,
+    error,
+    needs_mosaic_gpu,
+    needs_target,
+    normal,
+    targets,
+)
 
 # name -> (B, H, G, T, S, d, e), options. Lengths that are no multiples of blocks, and rows that see nothing.
 CASES = {
@@ -91,6 +100,38 @@ def test_tpu_form_compiles(spec, target):
     build = targets.compile_for(both_directions(spec, "tpu"), spec.qkv(), spec.arrays(), target=target)
     assert len(build.kernels) == 3
     assert_within_budget("flash", spec.name, build)
+
+
+GPU_SPECS = [spec for spec in SPECS if spec.sizes[-1] <= 128]
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("spec", GPU_SPECS, ids=lambda spec: spec.name)
+def test_gpu_form_lowers(spec):
+    assert_lowers(both_directions(spec, "gpu"), spec.qkv(), spec.arrays(), platform="cuda", calls=3)
+
+
+@needs_target("h200")
+@pytest.mark.parametrize("spec", GPU_SPECS, ids=lambda spec: spec.name)
+def test_gpu_form_compiles(spec):
+    build = targets.compile_for(both_directions(spec, "gpu"), spec.qkv(), spec.arrays(), target="h200")
+    assert len(build.kernels) == 3
+    assert_within_budget("flash", spec.name, build)
+
+
+def test_what_a_form_cannot_do_is_said():
+    """A form asked for by name raises its reason; nothing falls back in silence."""
+    q, k, v = normal(0, *[(1, 2, 64, 64)] * 3, dtype="bfloat16")
+    for impl, options, reason in [
+        ("cudnn", {"softcap": 1.0}, "soft-capping"),
+        ("cudnn", {}, "cuDNN"),
+        ("gpu", {"interpret": True}, "Mosaic GPU"),
+        ("gpu", {"block": (32, 64)}, "Mosaic GPU|blocks of 32 queries"),
+    ]:
+        with pytest.raises(UnsupportedError, match=f"flash: impl='{impl}' cannot serve this call: .*({reason})"):
+            flash(q, k, v, impl=impl, **options)
+    with pytest.raises(UnsupportedError, match="float16"):
+        flash(*(x.astype(jnp.float16) for x in (q, k, v)), impl="tpu")
 
 
 def test_empty_rows():

@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch, named
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.attention.block_sparse import blocked, ref, tpu
+from jaxinfer.pallas_kernels.attention.block_sparse import blocked, gpu, ref, tpu
 from jaxinfer.pallas_kernels.attention.block_sparse.call import Call, turn
 from jaxinfer.pallas_kernels.attention.flash import api as flash_api
 
@@ -113,11 +113,13 @@ def _ref_backward(call: Call, q, k, v, *rest) -> Any:
 
 FORWARD = (
     Form("tpu", tpu.forward, platform="tpu", refuses=tpu.refuses),
+    Form("gpu", gpu.forward, platform="cuda", refuses=gpu.refuses),
     Form("blocked", blocked.forward),
     Form("ref", ref.forward, automatic=False),
 )
 BACKWARD = (
     Form("tpu", tpu.backward, platform="tpu", refuses=tpu.refuses),
+    Form("gpu", gpu.backward, platform="cuda", refuses=gpu.refuses),
     Form("blocked", blocked.backward),
     Form("ref", _ref_backward, automatic=False),
 )

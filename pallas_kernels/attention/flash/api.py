@@ -8,17 +8,19 @@ Stability: experimental.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch, named
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.attention.flash import blocked, ref, tpu
+from jaxinfer.pallas_kernels.attention.flash import blocked, cudnn, gpu, ref, tpu
 from jaxinfer.pallas_kernels.attention.flash.call import Call
 from jaxinfer.pallas_kernels.attention.flash.scores import Rules
 
@@ -120,11 +122,15 @@ def _ref_backward(call: Call, q, k, v, q_lengths, kv_lengths, slopes, out, lse, 
 
 FORWARD = (
     Form("tpu", tpu.forward, platform="tpu", refuses=tpu.refuses),
+    Form("cudnn", cudnn.forward, platform="cuda", refuses=cudnn.refuses),
+    Form("gpu", gpu.forward, platform="cuda", refuses=gpu.refuses),
     Form("blocked", blocked.forward),
     Form("ref", ref.forward, automatic=False),
 )
 BACKWARD = (
     Form("tpu", tpu.backward, platform="tpu", refuses=tpu.refuses),
+    Form("cudnn", cudnn.backward, platform="cuda", refuses=cudnn.refuses),
+    Form("gpu", gpu.backward, platform="cuda", refuses=gpu.refuses),
     Form("blocked", blocked.backward),
     Form("ref", _ref_backward, automatic=False),
 )
@@ -135,14 +141,19 @@ def _flash(call: Call, impl: str | None, q, k, v, q_lengths, kv_lengths, slopes)
     return dispatch("flash", FORWARD, call, q, k, v, q_lengths, kv_lengths, slopes, impl=impl)
 
 
-def _flash_forward(call: Call, impl: str | None, *arrays) -> Any:
+def _flash_forward(call: Call, impl: str | None, *primals) -> Any:
+    arrays = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     out, lse = dispatch("flash", FORWARD, call, *arrays, impl=impl)
     return (out, lse), (*arrays, out, lse)
 
 
 def _flash_backward(call: Call, impl: str | None, kept, cotangents) -> Any:
-    dq, dk, dv = dispatch("flash", BACKWARD, call, *kept, *cotangents, impl=impl)
+    used = [not isinstance(x, SymbolicZero) for x in cotangents]
+    call = dataclasses.replace(call, lse_cotangent=used[1])
+    whole = [x if u else jnp.zeros(x.shape, x.dtype) for x, u in zip(cotangents, used, strict=True)]
+    dq, dk, dv = dispatch("flash", BACKWARD, call, *kept, *whole, impl=impl)
     return dq, dk, dv, None, None, None
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+# Cotangents that are known to be zero are told as such: most callers drop the log-sum-exp, and cuDNN serves only them.
+_flash.defvjp(_flash_forward, _flash_backward, symbolic_zeros=True)

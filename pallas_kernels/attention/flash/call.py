@@ -12,7 +12,11 @@ from jaxinfer.pallas_kernels.attention.flash.scores import Rules
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Sizes, rules and choices of one call. `block`: the caller's block sizes or None; `alibi`: slopes are given."""
+    """Sizes, rules and choices of one call.
+
+    `block`: the caller's block sizes or None; `alibi`: slopes are given; `lse_cotangent`: of a backward pass, whether
+    anything flows back through the log-sum-exp.
+    """
 
     rules: Rules
     batch: int
@@ -27,6 +31,7 @@ class Call:
     alibi: bool = False
     block: tuple[int, int] | None = None
     interpret: bool = False
+    lse_cotangent: bool = False
 
     @property
     def group(self) -> int:

@@ -12,6 +12,8 @@ from jaxinfer.pallas_kernels._core import tuning
 from jaxinfer.pallas_kernels.attention.flash import listed
 from jaxinfer.pallas_kernels.attention.flash.call import Call, cdiv
 
+VMEM = 8 << 20  # of the 16 MiB that the compiler gives a kernel, half is left to its own temporaries
+
 
 def refuses(call: Call) -> str | None:
     """Why the TPU form cannot serve, or None."""
@@ -35,6 +37,11 @@ def backward(call: Call, *arrays):
 
 
 def blocks(call: Call) -> tuple[int, int]:
-    """Rows of queries and of keys of a block: the caller's, the table's, or 512 each, no more than there are."""
-    block_q, block_k = call.block or tuning.block("flash", call.dtype, call.sizes, lambda: (512, 512), device="TPU")
+    """Rows of queries and of keys of a block: the caller's, the table's, or those that move the fewest bytes."""
+    from jaxinfer.pallas_kernels.attention import io
+
+    def rule() -> tuple[int, int]:
+        return io.choose_block(call, VMEM, (512, 1024))
+
+    block_q, block_k = call.block or tuning.block("flash", call.dtype, call.sizes, rule, device="TPU")
     return min(block_q, cdiv(call.queries, 128) * 128), min(block_k, cdiv(call.keys, 128) * 128)
