@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels._core import targets
+from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.fftconv import fftconv, monarch, transform_sizes
 from tests import kernel_checks as checks
 
@@ -94,6 +95,42 @@ def test_planted_bug_is_caught(monkeypatch):
     monkeypatch.setattr(monarch, "tables", untwiddled)
     u, kernel, *_ = inputs(60)
     assert checks.error(fftconv(u, kernel, impl="monarch"), fftconv(u, kernel, impl="ref")) > 0.1
+
+
+def test_tpu_kernel_interpreted():
+    """Three rows, so a pair and one alone; forward and gradients."""
+    u, pre, post, d_out = checks.normal(4, *[(3, 1, 4000)] * 4)
+    kernel = checks.normal(5, (1, 4000))[0] / 60
+    arguments = (u, kernel, pre, post, d_out)
+    assert transform_sizes(4000, 4000) == (128, 64)
+    checks.assert_close(both(*arguments, impl="tpu", interpret=True), both(*arguments, impl="fft"))
+
+
+def production():
+    def run(u, kernel):
+        out, pull = jax.vjp(functools.partial(fftconv, impl="tpu"), u, kernel)
+        return out, pull(out)
+
+    return run, (*checks.avals((8, 16, 16384)), *checks.avals((16, 16384), dtype="float32"))
+
+
+@pytest.mark.smoke
+def test_tpu_kernel_lowers():
+    run, arguments = production()
+    checks.assert_lowers(run, *arguments, platform="tpu", calls=2)
+
+
+@checks.needs_target("v5e")
+def test_tpu_kernel_compiles():
+    run, arguments = production()
+    build = targets.compile_for(run, *arguments, target="v5e")
+    checks.assert_within_budget("fftconv", "8x16x16384 forward+backward", build)
+
+
+def test_form_that_cannot_serve_says_why():
+    u, kernel, *_ = inputs(60)
+    with pytest.raises(UnsupportedError, match="impl='tpu' cannot serve this call: the kernel is of order 2"):
+        fftconv(u, kernel, order=3, impl="tpu")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels._core import targets
+from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.linear.gla import blocked, gla, gla_step
 from jaxinfer.pallas_kernels.linear.gla.ref import parallel
 from tests import kernel_checks as checks
@@ -98,6 +99,49 @@ def test_planted_bug_is_caught(monkeypatch):
     (q, k, v, log_gate, state), _ = inputs()
     got = gla(q, k, v, log_gate, state=state, lengths=LENGTHS, scale=0.5)
     assert checks.error(got[0], expected()[0][0]) > 0.01
+
+
+def test_tpu_kernel_interpreted():
+    checks.assert_close(both(*inputs(), "tpu", 32, True), expected())
+
+
+def production():
+    """Forward and backward at 4x8x8192x128, and the shapes of its arguments."""
+
+    def run(impl, *primals):
+        out, pull = jax.vjp(lambda *x: gla(*x, impl=impl), *primals)
+        return out, pull(out)
+
+    gate = checks.avals((4, 8, 8192, 128), dtype="float32")
+    return run, (*checks.avals(*[(4, 8, 8192, 128)] * 3), *gate)
+
+
+@pytest.mark.smoke
+def test_tpu_kernels_lower():
+    run, arguments = production()
+    checks.assert_lowers(functools.partial(run, "tpu"), *arguments, platform="tpu", calls=3)
+
+
+def test_dispatch_takes_the_kernel_of_the_platform():
+    """Unnamed, the program for a TPU holds the kernels and that for a CPU does not."""
+    run, arguments = production()
+    checks.assert_lowers(functools.partial(run, None), *arguments, platform="tpu", calls=3)
+    text = jax.jit(functools.partial(run, None)).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
+    assert "custom_call" not in text
+
+
+@checks.needs_target("v5e")
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_tpu_kernels_compile(target):
+    run, arguments = production()
+    build = targets.compile_for(functools.partial(run, "tpu"), *arguments, target=target)
+    checks.assert_within_budget("gla", "4x8x8192x128 bfloat16 forward+backward", build)
+
+
+def test_form_that_cannot_serve_says_why():
+    (q, k, v, log_gate, _), _ = inputs("float16")
+    with pytest.raises(UnsupportedError, match="impl='tpu' cannot serve this call: the TPU has no float16"):
+        gla(q, k, v, log_gate, impl="tpu")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxinfer.pallas_kernels._core.errors import ArgumentError
+from jaxinfer.pallas_kernels._core import targets
+from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.linear import chunked
 from jaxinfer.pallas_kernels.linear.lightning import lightning, lightning_step
 from jaxinfer.pallas_kernels.linear.lightning.ref import parallel
@@ -91,6 +92,78 @@ def test_planted_bug_is_caught(monkeypatch):
     (q, k, v, log_decay, state), _ = inputs()
     got = lightning(q, k, v, log_decay, state=state, lengths=LENGTHS, scale=0.5, block=16)
     assert checks.error(got[0], expected()[0][0]) > 0.1
+
+
+def test_tpu_kernel_interpreted():
+    checks.assert_close(both(*inputs(), "tpu", 32, True), expected())
+
+
+def production():
+    """Forward and backward at 4x8x8192x128, and the shapes of its arguments."""
+
+    def run(impl, *primals):
+        out, pull = jax.vjp(lambda *x: lightning(*x, impl=impl), *primals)
+        return out, pull(out)
+
+    gate = checks.avals((8,), dtype="float32")
+    return run, (*checks.avals(*[(4, 8, 8192, 128)] * 3), *gate)
+
+
+@pytest.mark.smoke
+def test_tpu_kernels_lower():
+    run, arguments = production()
+    checks.assert_lowers(functools.partial(run, "tpu"), *arguments, platform="tpu", calls=3)
+
+
+def test_dispatch_takes_the_kernel_of_the_platform():
+    """Unnamed, the program for a TPU holds the kernels and that for a CPU does not."""
+    run, arguments = production()
+    checks.assert_lowers(functools.partial(run, None), *arguments, platform="tpu", calls=3)
+    text = jax.jit(functools.partial(run, None)).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
+    assert "custom_call" not in text
+
+
+@checks.needs_target("v5e")
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_tpu_kernels_compile(target):
+    run, arguments = production()
+    build = targets.compile_for(functools.partial(run, "tpu"), *arguments, target=target)
+    checks.assert_within_budget("lightning", "4x8x8192x128 bfloat16 forward+backward", build)
+
+
+@checks.needs_mosaic_gpu
+def test_gpu_kernel_lowers():
+    arguments = *checks.avals(*[(4, 8, 8192, 128)] * 3), *checks.avals((8,), dtype="float32")
+    checks.assert_lowers(functools.partial(lightning, impl="gpu"), *arguments, platform="cuda")
+    checks.assert_lowers(lightning, *arguments, platform="cuda")
+
+
+@pytest.mark.smoke
+@checks.needs_mosaic_gpu
+def test_gpu_kernel_interpreted():
+    """Two chunks, the second in part, two heads, two tiles of channels, an initial state."""
+    q, k, v = checks.normal(2, *[(1, 2, 128, d) for d in (64, 64, 128)], dtype="bfloat16")
+    state = checks.normal(3, (1, 2, 64, 128))[0]
+    arguments = (q, k, v, -jnp.array([0.0, 0.05]))
+    options = {"state": state, "lengths": jnp.array([100]), "scale": 0.5}
+    got = lightning(*arguments, **options, impl="gpu", interpret=True)
+    checks.assert_close(got, lightning(*arguments, **options, impl="ref"), "bfloat16")
+
+
+@checks.needs_target("h200")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gpu_kernel_compiles(dim):
+    arguments = *checks.avals(*[(4, 8, 8192, dim)] * 3), *checks.avals((8,), dtype="float32")
+    build = targets.compile_for(functools.partial(lightning, impl="gpu"), *arguments, target="h200")
+    checks.assert_within_budget("lightning", f"4x8x8192x{dim} bfloat16 forward", build)
+
+
+def test_form_that_cannot_serve_says_why():
+    (q, k, v, log_decay, _), _ = inputs("float16")
+    with pytest.raises(UnsupportedError, match="impl='tpu' cannot serve this call: the TPU has no float16"):
+        lightning(q, k, v, log_decay, impl="tpu")
+    with pytest.raises(UnsupportedError, match="head sizes K of 64 or 128|Mosaic GPU kernels need jax 0.11.2"):
+        lightning(q, k, v, log_decay, impl="gpu")
 
 
 @pytest.mark.parametrize(

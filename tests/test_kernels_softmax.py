@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxinfer.pallas_kernels._core import targets
 from jaxinfer.pallas_kernels._core.errors import ArgumentError
 from jaxinfer.pallas_kernels.softmax import blocked, softmax
 from jaxinfer.pallas_kernels.softmax.pair import pair, power
@@ -70,6 +71,26 @@ def test_planted_bug_is_caught(monkeypatch):
     monkeypatch.setattr(blocked, "power", lambda n: power(jnp.maximum(n, -20.0)))
     x = 40 * checks.normal(0, (3, 1500))[0]
     assert checks.error(softmax(x, block=128), exact(x)) > 1e-4
+
+
+def test_tpu_kernel_interpreted():
+    """Two row tiles, the second in part; three column blocks, the last in part; a row of -inf."""
+    x = 40 * checks.normal(3, (19, 300))[0] + 300
+    x = x.at[5, 17].set(-jnp.inf)
+    checks.assert_close(softmax(x, impl="tpu", block=128, interpret=True), exact(x), factor=0.2)
+    assert not softmax(x.at[3].set(-jnp.inf), impl="tpu", block=128, interpret=True)[3].any()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", [(64, 2**18), (4096, 1000)])
+def test_tpu_kernel_lowers(shape):
+    checks.assert_lowers(softmax, *checks.avals(shape), platform="tpu")
+
+
+@checks.needs_target("v5e")
+def test_tpu_kernel_compiles():
+    build = targets.compile_for(softmax, *checks.avals((64, 2**18)), target="v5e")
+    checks.assert_within_budget("softmax", "64x262144 bfloat16", build)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.fftconv import blocked, monarch, ref
+from jaxinfer.pallas_kernels.fftconv import blocked, monarch, ref, tpu
 
 Array = jax.Array
 OP = "fftconv"
@@ -61,7 +61,7 @@ def fftconv(
     factors) keeps the kernel's frequencies k = k1 + N1 (k2 + N2 k3) whose i-th digit, and that of -k, is among the
     keep[i] nearest to 0: a coarser kernel, and fewer operations. N is T if circular, else `transform_sizes(T, L)`.
 
-    `impl` names a form: `ref`, `fft` (jnp.fft), `monarch` (matrix products in XLA), `tpu`, `gpu`. Differentiable in
+    `impl` names a form: `ref`, `fft` (jnp.fft), `monarch` (matrix products in XLA), `tpu`. Differentiable in
     u, kernel, pre and post. Raises ArgumentError before tracing for what does not fit, UnsupportedError where the
     form named cannot serve.
     """
@@ -139,11 +139,23 @@ def _ref_backward(call: Call, x: Array, kernel: Array, d_out: Array) -> tuple[Ar
 
 
 FORWARD = (
+    Form(
+        "tpu",
+        lambda call, x, k: tpu.forward(x, k, call.sizes, interpret=call.interpret),
+        platform="tpu",
+        refuses=tpu.refuses,
+    ),
     Form("fft", lambda call, x, k: blocked.forward_fast(x, k, call.sizes, call.keep)),
     Form("monarch", lambda call, x, k: blocked.forward_monarch(x, k, call.sizes, call.keep)),
     Form("ref", _ref, automatic=False),
 )
 BACKWARD = (
+    Form(
+        "tpu",
+        lambda call, x, k, d: tpu.backward(x, k, d, call.sizes, interpret=call.interpret),
+        platform="tpu",
+        refuses=tpu.refuses,
+    ),
     Form("fft", lambda call, x, k, d: blocked.backward_fast(x, k, d, call.sizes, call.keep)),
     Form("monarch", lambda call, x, k, d: blocked.backward_monarch(x, k, d, call.sizes, call.keep)),
     Form("ref", _ref_backward, automatic=False),

@@ -57,7 +57,9 @@ def product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     """Products of tiles [..., m, n] over the named axes (0 or 1) of each, leading axes in step, accumulated in f32."""
     lead = tuple(range(a.ndim - 2))
     numbers = (((contract_a + len(lead),), (contract_b + len(lead),)), (lead, lead))
-    return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+    # Products of 16-bit floats are exact in float32; a TPU kernel refuses to be asked for more.
+    precision = lax.Precision.DEFAULT if a.dtype.itemsize == 2 else None
+    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
 def forward(rule: Rule, q: Array, k: Array, v: Array, state: Array, chunk: int, group: int) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.softmax import blocked, ref
+from jaxinfer.pallas_kernels.softmax import blocked, ref, tpu
 
 Array = jax.Array
 OP = "softmax"
@@ -42,7 +42,7 @@ def softmax(
     """Softmax of x (float32, bfloat16 or float16) over `axis`, computed in float32, in x's shape and dtype.
 
     An entry of -inf has probability 0 and a row of nothing else is all zeros; a NaN or +inf makes its row NaN. Finite
-    entries beyond +-2^23 count as +-2^23. `impl` names a form (`ref`, `blocked`, `tpu`, `gpu`), `block` the entries of
+    entries beyond +-2^23 count as +-2^23. `impl` names a form (`ref`, `blocked`, `tpu`), `block` the entries of
     a row worked on at a time. Differentiable.
 
     Raises ArgumentError before tracing for what does not fit, UnsupportedError where the form named cannot serve.
@@ -61,6 +61,12 @@ def softmax(
 
 
 FORWARD = (
+    Form(
+        "tpu",
+        lambda call, x: tpu.forward(x, block=call.block, interpret=call.interpret),
+        platform="tpu",
+        refuses=tpu.refuses,
+    ),
     Form("blocked", lambda call, x: blocked.forward(x, block=call.block)),
     Form("ref", lambda call, x: ref.softmax(x), automatic=False),
 )
@@ -77,6 +83,7 @@ def _save(call: Call, impl: str | None, x: Array) -> Any:
 
 
 def _grad(call: Call, impl: str | None, out: Array, d_out: Array) -> tuple[Array]:
+    # Elementwise after one sum a row, from the output alone: XLA's fusion is the kernel on every platform.
     return (blocked.backward(out, d_out),)
 
 

@@ -25,7 +25,8 @@ from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.linear import arguments
-from jaxinfer.pallas_kernels.linear.lightning import blocked, ref
+from jaxinfer.pallas_kernels.linear import tpu as shared_tpu
+from jaxinfer.pallas_kernels.linear.lightning import blocked, gpu, ref, tpu
 
 Array = jax.Array
 OP = "lightning"
@@ -69,7 +70,7 @@ def lightning(
     q, k and v share a dtype (float32, bfloat16 or float16), which is out's; the state is float32. `log_decay` is the
     natural logarithm of a token's decay, at most 0. `state` is what came before (zeros if None). Of row b only the
     first `lengths[b]` tokens count: behind them out is 0 and the state stays. `impl` names a form (`ref`, `blocked`,
-    `tpu`, `gpu`), `block` the tokens in a chunk. Differentiable in all arrays but `lengths`.
+    `tpu`, `gpu`: forward only), `block` the tokens in a chunk. Differentiable in all arrays but `lengths`.
 
     Raises ArgumentError before tracing for ranks, sizes, dtypes and values that do not fit, and UnsupportedError
     where the form named cannot serve.
@@ -111,7 +112,18 @@ def _check_decay(op: str, log_decay: Array, heads: int) -> None:
         raise argument_error(op, "log_decay", np.asarray(log_decay).max(), "logarithms of decays, at most 0")
 
 
+def _options(call: Call) -> dict[str, Any]:
+    return {"scale": call.scale, "block": call.block, "interpret": call.interpret}
+
+
 FORWARD = (
+    Form(
+        "gpu",
+        lambda call, *x: gpu.forward(*x, scale=call.scale, interpret=call.interpret),
+        platform="cuda",
+        refuses=gpu.refuses,
+    ),
+    Form("tpu", lambda call, *x: tpu.forward(*x, **_options(call)), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
     Form("ref", lambda call, *x: ref.recurrent(*x, scale=call.scale), automatic=False),
 )
@@ -127,6 +139,13 @@ def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
 
 
 BACKWARD = (
+    Form(
+        "gpu",
+        blocked.backward,
+        platform="cuda",
+        refuses=lambda call: "the gradient has no GPU kernel, only the forward",
+    ),
+    Form("tpu", lambda call, *x: tpu.backward(*x, **_options(call)), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),
     Form("ref", _ref_backward, automatic=False),
 )
