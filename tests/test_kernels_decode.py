@@ -345,27 +345,28 @@ def test_compiles_for_tpu(name, target):
     checks.assert_within_budget("decode", name, targets.compile_for(f, *spec.arguments(), target=target))
 
 
-GPU = {
-    "plain": {},
-    "all": {"window": 20, "softcap": 2.0, "alibi": SLOPES, "scale": 0.3},
-    "transposed": {"transposed": True},
-    "unified": {"unified_max": 3.0},
-    "codes of tokens": {"tokens": 1},
-    "codes of channels": {"tokens": 64, "channels": 1},
-}
-
-
 @checks.needs_mosaic_gpu
-@pytest.mark.parametrize("name", GPU)
-def test_gpu_interpreted(name):
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (None, {"window": 20, "softcap": 2.0, "alibi": SLOPES, "scale": 0.3}),
+        pytest.param(None, {"transposed": True, "unified_max": 3.0}, marks=pytest.mark.slow),
+        pytest.param(8, {}, marks=pytest.mark.slow),
+        pytest.param(8, {"transposed": True}, marks=pytest.mark.slow),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"transposed": True}, marks=pytest.mark.slow),
+    ],
+    ids=["options", "transposed", "int8", "int8 transposed", "int4", "int4 transposed"],
+)
+def test_gpu_interpreted(bits, options):
     """Three workers, whose runs end inside items; an empty row, a row that ends inside a block."""
-    q, k, v = checks.normal(14, (3, 4, 2, 64), (3, 2, 192, 64), (3, 2, 192, 64), dtype="bfloat16")
-    options = dict(GPU[name])
-    if "codes" in name:
-        k, v = quantize(k, **options, symmetric=True), quantize(v)
-        options = {}
-    elif name == "transposed":
-        k = jnp.swapaxes(k, 2, 3)
+    dim = 64 if bits is None else 128
+    q, k, v = checks.normal(14, (3, 4, 2, dim), (3, 2, 192, dim), (3, 2, 192, dim), dtype="bfloat16")
+    k = jnp.swapaxes(k, 2, 3) if "transposed" in options else k
+    if bits is not None:
+        k = quantize(k, bits=bits, tokens=64, channels=1, transposed="transposed" in options)
+        v = quantize(v, bits=bits, symmetric=True)
     lengths = jnp.array([192, 0, 70])
     got = decode(q, k, v, lengths, impl="gpu", interpret=True, block=64, **options)
     checks.assert_close(got, decode(q, k, v, lengths, impl="ref", **options), "bfloat16")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from jaxinfer.pallas_kernels._core import targets
 from jaxinfer.pallas_kernels._core.errors import ArgumentError
 from jaxinfer.pallas_kernels.attention.decode import decode
 from jaxinfer.pallas_kernels.attention.shared_prefix import packed, shared_prefix
@@ -183,3 +184,41 @@ def test_bad_input(change, message):
     arguments = dict(zip(names, arrays(), strict=True)) | {"paths": PATHS} | change
     with pytest.raises(ArgumentError, match=message):
         shared_prefix(**arguments)
+
+
+@pytest.mark.smoke
+def test_tpu_interpreted():
+    lengths = PATHS, PREFIX_LENGTHS, SUFFIX_LENGTHS
+    options = {"prefix_lengths": PREFIX_LENGTHS, "suffix_lengths": SUFFIX_LENGTHS, "window": 30}
+    got = shared_prefix(*arrays(5), paths=PATHS, impl="tpu", interpret=True, **options)
+    checks.assert_close(got, copied(arrays(5), *lengths, window=30))
+
+
+@checks.needs_mosaic_gpu
+@pytest.mark.slow
+def test_gpu_interpreted():
+    shapes = (4, 4, 1, 64), (3, 2, 128, 64), (3, 2, 128, 64), (4, 2, 64, 64), (4, 2, 64, 64)
+    x = checks.normal(6, *shapes, dtype="bfloat16")
+    options = {
+        "paths": jnp.array([[0, 1], [0, 2], [0, 1], [-1, -1]]), "prefix_lengths": jnp.array([128, 50, 7]),
+        "suffix_lengths": jnp.array([64, 3, 1, 9]),
+    }  # fmt: skip
+    got = shared_prefix(*x, impl="gpu", interpret=True, block=64, **options)
+    checks.assert_close(got, shared_prefix(*x, impl="ref", **options), "bfloat16")
+
+
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=checks.needs_mosaic_gpu)])
+def test_lowers(platform):
+    """Batch 256 over a tree of 16 prefixes of 16K: the prefixes' kernel and the suffixes'."""
+    shapes = (256, 32, 1, 128), *[(16, 8, 16384, 128)] * 2, *[(256, 8, 1024, 128)] * 2
+    paths = jax.ShapeDtypeStruct((256, 3), jnp.int32)
+    checks.assert_lowers(
+        lambda paths, *x: shared_prefix(*x, paths=paths), paths, *checks.avals(*shapes), platform=platform, calls=2
+    )
+
+
+@checks.needs_target("h200")
+def test_compiles_for_gpu():
+    shapes = (256, 32, 1, 128), *[(1, 8, 16384, 128)] * 2, *[(256, 8, 1024, 128)] * 2
+    build = targets.compile_for(shared_prefix, *checks.avals(*shapes), target="h200")
+    checks.assert_within_budget("decode", "8b 32k", build)

@@ -128,3 +128,18 @@ def test_bad_input(change, message):
         arguments |= {name: jnp.zeros((B, G, 65, D)) for name in ("node_k", "node_v")}
     with pytest.raises(ArgumentError, match=message):
         tree(**arguments)
+
+
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=checks.needs_mosaic_gpu)])
+def test_lowers(platform):
+    """64 nodes of 32 heads over a cache of 8K: one kernel, and the nodes among themselves in XLA."""
+    shapes = (4, 32, 64, 128), *[(4, 8, 8192, 128)] * 2, *[(4, 8, 64, 128)] * 2
+    bits, lengths = jax.ShapeDtypeStruct((1, 64, 2), jnp.uint32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    checks.assert_lowers(tree, *checks.avals(*shapes), bits, lengths, platform=platform)
+
+
+def test_tpu_interpreted():
+    x = arrays(35, seed=5)
+    bits = pack_ancestors(ancestors_of([-1, *range(34)])[None])
+    got = tree(*x, bits, LENGTHS, impl="tpu", interpret=True)
+    checks.assert_close(got, tree(*x, bits, LENGTHS, impl="ref"))

@@ -125,7 +125,8 @@ def _block(call: Call) -> int:
     if call.block is not None:
         return call.block
     grouped = [s.tokens for s in (call.keys, call.values) if s.coded and s.tokens > 1]
-    return 64 if any(tokens % 128 for tokens in grouped) or call.dim > 128 else 128
+    small = call.dim > 128 or call.capacity < 128 or any(tokens % 128 for tokens in grouped)
+    return 64 if small else 128
 
 
 def _plan(begin: jax.Array, end: jax.Array, workers: int) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:

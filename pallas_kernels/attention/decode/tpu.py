@@ -237,8 +237,9 @@ def _spread(constants: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return constants
 
 
-def _precision(dtype) -> str | None:
-    return "highest" if dtype == jnp.float32 else None
+def _precision(dtype) -> str:
+    """All of float32; of bfloat16 its own, whatever precision is in force: Mosaic has no other product of it."""
+    return "highest" if dtype == jnp.float32 else "default"
 
 
 def _floor(call: Call) -> float:
