@@ -54,15 +54,14 @@ def dispatch(op: str, forms: Sequence[Form], call: Hashable, *arrays: Any, impl:
         if reason := form.refuses(call):
             raise UnsupportedError(f"{op}: impl={impl!r} cannot serve this call: {reason}")
         return form.run(call, *arrays)
-    chosen = {platform: choose(forms, call, platform) for platform in (None, *PLATFORMS)}
-    default = chosen.pop(None)
+    default = choose(forms, call, None)
     if default is None:
         raise UnsupportedError(f"{op}: no form runs anywhere: {why_not(forms, call, None)}")
-    special = {platform: form for platform, form in chosen.items() if form not in (None, default)}
+    chosen = {platform: choose(forms, call, platform) for platform in PLATFORMS}
+    special = {p: _branch(form, call) for p, form in chosen.items() if form is not None and form is not default}
     if not special:
         return default.run(call, *arrays)
-    branches = {platform: _branch(form, call) for platform, form in special.items() if form is not None}
-    return lax.platform_dependent(*arrays, default=_branch(default, call), **branches)
+    return lax.platform_dependent(*arrays, default=_branch(default, call), **special)
 
 
 def named(op: str, forms: Sequence[Form], impl: str) -> Form:
