@@ -1,5 +1,7 @@
 """Merging attention parts: any split of the keys merges to the whole, empty parts change nothing, gradients agree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxinfer.pallas_kernels.attention.combine import combine
 from tests.kernel_checks import assert_close, error, normal
 
 
+@jax.jit
 def part(scores, values):
     """Attention of plain scores `[..., C]` over `values[C, d]`; with no keys, the empty part."""
     if not scores.shape[-1]:
@@ -17,6 +20,7 @@ def part(scores, values):
     return jax.nn.softmax(scores, -1) @ values, jax.nn.logsumexp(scores, -1)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def split(scores, values, cuts):
     edges = [0, *cuts, scores.shape[-1]]
     return [part(scores[..., a:b], values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
@@ -26,13 +30,15 @@ def split(scores, values, cuts):
 @pytest.mark.parametrize("cuts", [(), (5,), (0, 9, 9), (1, 2, 16)])
 def test_merges_any_split(cuts):
     scores, values = normal(0, (3, 4, 16), (16, 8))
-    assert_close(combine(split(30 * scores, values, cuts)), part(30 * scores, values))
+    assert_close(jax.jit(combine)(split(30 * scores, values, cuts)), part(30 * scores, values))
 
 
 def test_is_associative():
     scores, values = normal(1, (6, 12), (12, 4))
     a, b, c = split(scores, values, (3, 7))
-    assert_close(combine([combine([a, b]), c]), combine([a, combine([b, c])]))
+    left = jax.jit(lambda a, b, c: combine([combine([a, b]), c]))
+    right = jax.jit(lambda a, b, c: combine([a, combine([b, c])]))
+    assert_close(left(a, b, c), right(a, b, c))
 
 
 def test_gradient_through_empty_parts():
@@ -45,12 +51,12 @@ def test_gradient_through_empty_parts():
             out, lse = f(s, v)
             return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
 
-        return jax.grad(total, (0, 1))(scores, values)
+        return jax.jit(jax.grad(total, (0, 1)))(scores, values)
 
     assert_close(loss(lambda s, v: combine([empty, *split(s, v, (2, 5)), empty])), loss(part))
-    out, lse = combine([empty, empty])
+    out, lse = jax.jit(combine)([empty, empty])
     assert np.all(np.asarray(lse) == -np.inf) and not np.any(out)
-    for a, b in jax.grad(lambda p: combine(p)[0].sum())([empty, empty]):
+    for a, b in jax.jit(jax.grad(lambda p: combine(p)[0].sum()))([empty, empty]):
         assert not np.any(a) and not np.any(b)
 
 
