@@ -85,6 +85,22 @@ def test_recipes_work_on_shapes_alone():
     assert quant.bits_per_weight(abstract) == quant.bits_per_weight(real)
 
 
+def test_every_format_of_the_command_line_fits_the_embedded_model():
+    """With its default settings, on shapes alone; what it weighs is what its name says, and a bit."""
+    from jaxinfer.checkpoint.hub import resolve
+    from jaxinfer.cli import options
+
+    step = options.step_of(resolve("tinycode"), options.format_of("f32", "auto"), None)
+    abstract = jax.eval_shape(step.init, KEY)
+    bits = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8": 8, "fp6": 6, "mxfp4": 4, "nvfp4": 4, "ternary": 2,
+            "trit-planes": 4, "mixed": 4.4}  # fmt: skip
+    assert set(bits) == set(options.WEIGHTS.entries)
+    for name, least in bits.items():
+        rules = options.rules_of(options.WEIGHTS.parse(name))
+        leaves = jax.eval_shape(lambda p, rules=rules: quant.apply(p, rules), abstract)
+        assert least < quant.bits_per_weight(leaves) < least + 1, name
+
+
 def test_bits_per_weight_counts_everything_stored():
     w = jnp.ones((64, 32))
     assert quant.bits_per_weight(w) == 32

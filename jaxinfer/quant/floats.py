@@ -20,6 +20,7 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,10 @@ RULES = ("ocp", "nearest", "ceil")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8(RowSpec):
-    """float8 weights. `element`: "e4m3" or "e5m2". A scale serves `group` inputs (None: all) by `rows` outputs."""
+    """float8 weights. `element`: "e4m3" or "e5m2". A scale serves `group` inputs (None: all) by `rows` outputs.
+
+    Where `rows` does not divide the outputs, it is their greatest common divisor instead.
+    """
 
     element: str = "e4m3"
     group: int | None = 128
@@ -55,9 +59,8 @@ class Fp8(RowSpec):
         """`rows f32[..., N, K]` in blocks."""
         *lead, n, k = rows.shape
         groups, kind = groups_of("Fp8", k, self.group, self.element), ELEMENTS[self.element]
-        if n % self.rows:
-            raise ConfigError(f"Fp8: blocks of {self.rows} rows do not divide the output axis of {n}")
-        x = rows.reshape(*lead, n // self.rows, self.rows, groups, k // groups)
+        each = math.gcd(self.rows, n)
+        x = rows.reshape(*lead, n // each, each, groups, k // groups)
         scales = nonzero(jnp.abs(x).max((-1, -3)) / kind.top, self.scales)
         codes = nearest(x / scales[..., None, :, None], kind).reshape(rows.shape)
         return make(codes, scales.astype(self.scales), self.element)

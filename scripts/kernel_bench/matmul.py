@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,7 +86,8 @@ def weight(form: str, size: int) -> LowBit:
 
 
 def torch_linear(x: jax.Array, size: int, dtype: str) -> Callable[[], Any]:
-    """torch's linear on the CPU with every core."""
+    """torch's linear on the CPU with every core; its idle threads sleep, or they would take the next peer's cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     try:
         import torch
     except ImportError:

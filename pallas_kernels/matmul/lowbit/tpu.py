@@ -112,7 +112,8 @@ def _kernel(x_ref, *refs, element: str, planes: int, here: int, of_group: int, s
     def _start():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    exact = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
+    # Named for bfloat16 too: a default of "highest" from outside has no meaning for it here.
+    exact = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else lax.Precision.DEFAULT
     for side in range(planes):
         sides = tuple(c[...].astype(jnp.int32) for c in ([codes[side], codes[-1]] if planes == 2 else codes))
         spread = None if here == 0 else _spread(scales_ref[side, 0], of_group, x_ref.shape[2])
