@@ -66,10 +66,11 @@ def test_a_path_is_decode():
     k, v = (x[:, :, :40] for x in (k, v))
     bits = pack_ancestors(ancestors_of([-1, 0, 1, 2])[None])
     lengths = jnp.array([40, 40])
-    out = tree(q, k, v, nk, nv, bits, lengths)
+    trees = jax.jit(tree)
+    out = trees(q, k, v, nk, nv, bits, lengths)
     full = [jnp.concatenate([x, y], 2) for x, y in ((k, nk), (v, nv))]
     checks.assert_close(out, decode(q, *full, jnp.array([44, 44])))
-    branch = tree(q, k, v, nk, nv, pack_ancestors(ancestors_of([-1, 0, 0, 2])[None]), lengths)
+    branch = trees(q, k, v, nk, nv, pack_ancestors(ancestors_of([-1, 0, 0, 2])[None]), lengths)
     kept = [jnp.concatenate([x, y[:, :, jnp.array([0, 2, 3])]], 2) for x, y in ((k, nk), (v, nv))]
     want = decode(q[:, :, jnp.array([0, 2, 3])], *kept, jnp.array([43, 43]))
     checks.assert_close([x[:, :, jnp.array([0, 2, 3])] for x in branch], want)
@@ -80,7 +81,8 @@ def test_codes():
     q, k, v, nk, nv = arrays(4, seed=2, transposed=True)
     keys, values = quantize(k, bits=4, tokens=16, channels=1, transposed=True), quantize(v)
     bits = pack_ancestors(ancestors_of([-1, 0, 0, 2])[None])
-    got, want = (tree(q, keys, values, nk, nv, bits, LENGTHS, transposed=True, impl=impl) for impl in (None, "ref"))
+    forms = (jax.jit(functools.partial(tree, transposed=True, impl=impl)) for impl in (None, "ref"))
+    got, want = (form(q, keys, values, nk, nv, bits, LENGTHS) for form in forms)
     checks.assert_close(got, want)
 
 
@@ -101,12 +103,13 @@ def test_planted_bug(monkeypatch):
     """Negative control: bits read from the wrong end are caught."""
     x = arrays(5, seed=3)
     bits = pack_ancestors(ancestors_of([-1, 0, 0, 1, 3])[None])
-    want = tree(*x, bits, LENGTHS, impl="ref")
-    checks.assert_close(tree(*x, bits, LENGTHS), want)
+    want = jax.jit(functools.partial(tree, impl="ref"))(*x, bits, LENGTHS)
+    checks.assert_close(jax.jit(tree)(*x, bits, LENGTHS), want)
     mirrored = unpack_ancestors(bits)[..., ::-1]
     monkeypatch.setattr("jaxinfer.pallas_kernels.attention.tree.api.unpack_ancestors", lambda _: mirrored)
+    got = jax.jit(lambda *x: tree(*x))(*x, bits, LENGTHS)
     with pytest.raises(AssertionError, match="relative errors"):
-        checks.assert_close(tree(*x, bits, LENGTHS), want)
+        checks.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
