@@ -19,7 +19,7 @@ from scripts.kernel_bench.case import Case, unavailable
 HEADS, DIM, CHUNK = 8, 64, 64
 LENGTHS = (2048, 8192, 32768, 131072)
 # The longest sequences that quadratic attention is timed at: its time grows sixteen times from one length to the next.
-FLASH_UP_TO = {"forward": 32768, "forward+backward": 8192}
+FLASH_UP_TO = 8192
 # Out, gradients and inputs, in arrays as large as q; the gates of gla are one more each way, in float32.
 MOVED = {"forward": 4, "forward+backward": 8}
 
@@ -41,8 +41,8 @@ def case(op: str, length: int, dtype: str, direction: str) -> Case:
         run, gate = lightning, -jnp.exp2(-jnp.arange(1.0, HEADS + 1))
     else:
         run, gate = gla, jax.nn.log_sigmoid(jax.random.normal(keys[4], shape)) / 16
-    peer = unavailable(f"quadratic, left out above {FLASH_UP_TO[direction]} tokens")
-    if length <= FLASH_UP_TO[direction]:
+    peer = unavailable(f"quadratic, left out above {FLASH_UP_TO} tokens")
+    if length <= FLASH_UP_TO:
         peer = bound(lambda q, k, v: flash(q, k, v, causal=True)[0], (q, k, v), cotangent, direction)
     tokens = HEADS * length
     # A chunk's scores and their use, half of each, the state's update and its use; the gradient does each twice.
