@@ -70,7 +70,7 @@ def test_forward_bytes_are_the_kernels_fetches(name, traffic):
     assert traffic == {"read": model.read, "written": model.written}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["causal", "window", "one block of keys"])
 def test_backward_bytes_are_the_kernels_fetches(name, traffic):
     c = CALLS[name]
     rows = jnp.zeros((c.batch, c.heads, c.queries))
