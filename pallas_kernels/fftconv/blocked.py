@@ -1,9 +1,9 @@
 """Long convolution in XLA: `monarch` by FlashFFTConv's products with small matrices, `fast` by `jnp.fft`.
 
 Fu et al., 2023 (arXiv 2311.05908). Matrix units make up for the Monarch form's many more operations; a CPU does not:
-there `fast` is 1.2 to 4 times faster from 1K to 64K tokens, and is what the dispatch takes. Two rows of a batch go as the real
-and imaginary part of one: the kernel is real, so the parts of the result are the two results and nothing has to be
-taken apart.
+there `fast` is 1.4 to 4 times faster from 1K to 64K tokens, and is what the dispatch takes. Two rows of a batch go as
+the real and imaginary part of one: the kernel is real, so the parts of the result are the two results and nothing has
+to be taken apart.
 
 Stability: experimental.
 """
