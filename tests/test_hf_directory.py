@@ -24,6 +24,7 @@ from jaxinfer.checkpoint.safetensors_save import Entry, save
 from jaxinfer.errors import CheckpointError, ConfigError, InputError, JaxinferError
 from jaxinfer.models import Step, config_from_hf, config_to_hf
 from jaxinfer.models.hf import load_config, load_directory, save_directory
+from jaxinfer.models.rope_config import read_rope
 
 HERE = Path(__file__).parent
 goldens = runpy.run_path(str(HERE / "test_hf_goldens.py"))
@@ -357,6 +358,21 @@ def fuzz_configs(examples):
 
     run()
     assert 0.1 < np.mean(outcomes) < 0.95
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"full_attention": 1},
+        {"rope_type": [1]},
+        {"rope_type": "longrope", "short_factor": 1, "long_factor": [1]},
+        {"rope_type": "longrope", "short_factor": [1], "long_factor": [1], "original_max_position_embeddings": "x"},
+        {"rope_type": "longrope", "short_factor": [1], "long_factor": [1], "original_max_position_embeddings": -1},
+    ],
+)
+def test_wrong_rope_settings_give_clear_errors(settings):
+    with pytest.raises(ConfigError):
+        read_rope({"rope_parameters": settings}, 8)
 
 
 def test_wrong_configs_give_clear_errors():

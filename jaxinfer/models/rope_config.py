@@ -44,7 +44,7 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, layer_type: str = "full_a
     """The rotation of one layer type. Raises ConfigError for an unknown or incomplete scaling."""
     settings = _settings(hf, layer_type)
     kind = settings.get("rope_type") or settings.get("type") or "default"
-    kind = {"su": "longrope"}.get(kind, kind)
+    kind = "longrope" if kind == "su" else kind
     if kind not in SCALINGS:
         raise ConfigError(f"rope_type {kind!r} is not known; known: {', '.join(SCALINGS)}")
     for name in REQUIRED.get(kind, ()):
@@ -52,6 +52,8 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, layer_type: str = "full_a
             raise ConfigError(f"rope_type {kind!r} needs {name!r}; it has {sorted(settings)}")
     longest = _number(hf.get("max_position_embeddings", 2048), "max_position_embeddings")
     original = settings.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or longest
+    if _number(original, "original_max_position_embeddings") <= 0:
+        raise ConfigError(f"original_max_position_embeddings must be positive, got {original!r}")
     if kind == "dynamic":
         original = longest
     fields = {ours: settings[key] for key, ours in FIELDS.items() if settings.get(key) is not None}
@@ -62,6 +64,8 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, layer_type: str = "full_a
         if settings.get("factor") is None:
             fields["factor"] = longest / original
         for name in ("short_factor", "long_factor"):
+            if not isinstance(settings[name], list | tuple):
+                raise ConfigError(f"{name} must be a list of numbers, got {settings[name]!r}")
             fields[name] = tuple(float(_number(x, name)) for x in settings[name])
     partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
     theta = settings.get("rope_theta", hf.get("rope_theta", 10000.0))
@@ -87,6 +91,8 @@ def _settings(hf: Mapping[str, Any], layer_type: str) -> Mapping[str, Any]:
         raise ConfigError(f"rope settings must be an object, got {settings!r}")
     if any(name in settings for name in LAYER_TYPES):
         settings = settings.get(layer_type) or settings.get("full_attention") or {}
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"rope settings of a layer type must be an object, got {settings!r}")
     return settings
 
 
