@@ -48,7 +48,9 @@ def gpu_case(ours):
 
 
 @pytest.mark.parametrize(
-    "ours", [lambda x: 1.01 * x, lambda x: x.at[3].set(jnp.nan), lambda x: x[:4], lambda x: x.nope], ids=str
+    "ours",
+    [lambda x: 1.01 * x, lambda x: x.at[3].set(jnp.nan), lambda x: x[:4], lambda x: x.nope],
+    ids=["off by 1 %", "NaN", "wrong shape", "exception"],
 )
 def test_a_wrong_kernel_fails(ours):
     """Negative controls: an error over the tolerance, NaNs left in the output, a wrong shape, an exception."""

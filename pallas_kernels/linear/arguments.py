@@ -5,6 +5,7 @@ Stability: internal.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,31 @@ from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.errors import argument_error
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static about a call."""
+
+    batch: int
+    heads: int
+    length: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    scale: float
+    block: int | None
+    interpret: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernels take beside arrays."""
+        return {"scale": self.scale, "block": self.block, "interpret": self.interpret}
+
+    @classmethod
+    def of(cls, sizes: dict[str, int], dtype: Any, scale: float, block: int | None, interpret: bool) -> Call:
+        batch, heads, length, key_dim, value_dim = (sizes[letter] for letter in "BHTKV")
+        return cls(batch, heads, length, key_dim, value_dim, str(dtype), float(scale), block, interpret)
 
 
 def sequences(op: str, q: Array, k: Array, v: Array, state: Array | None, lengths: Array | None) -> dict[str, int]:
@@ -33,6 +59,14 @@ def sequences(op: str, q: Array, k: Array, v: Array, state: Array | None, length
     if lengths is not None:
         check.integers(op, lengths=lengths)
         check.within(op, 0, sizes["T"], lengths=lengths)
+    return sizes
+
+
+def token(op: str, q: Array, k: Array, v: Array, state: Array) -> dict[str, int]:
+    """Check one token's q, k [B, H, K] and v [B, H, V] and its state f32 [B, H, K, V]; return the sizes."""
+    sizes = check.shapes(op, q=(q, "B H K"), k=(k, "B H K"), v=(v, "B H V"), state=(state, "B H K V"))
+    check.dtypes(op, q=q, k=k, v=v)
+    check.dtypes(op, ("float32",), state=state)
     return sizes
 
 

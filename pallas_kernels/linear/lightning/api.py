@@ -12,7 +12,6 @@ Stability: experimental.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, cast
 
@@ -26,30 +25,11 @@ from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.linear import arguments
 from jaxinfer.pallas_kernels.linear import tpu as shared_tpu
+from jaxinfer.pallas_kernels.linear.arguments import Call
 from jaxinfer.pallas_kernels.linear.lightning import blocked, gpu, ref, tpu
 
 Array = jax.Array
 OP = "lightning"
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is static about a call."""
-
-    batch: int
-    heads: int
-    length: int
-    key_dim: int
-    value_dim: int
-    dtype: str
-    scale: float
-    block: int | None
-    interpret: bool
-
-    @classmethod
-    def of(cls, sizes: dict[str, int], dtype: Any, scale: float, block: int | None, interpret: bool) -> Call:
-        batch, heads, length, key_dim, value_dim = (sizes[letter] for letter in "BHTKV")
-        return cls(batch, heads, length, key_dim, value_dim, str(dtype), float(scale), block, interpret)
 
 
 def lightning(
@@ -97,9 +77,7 @@ def lightning_step(
     Bound by the state's bytes, which XLA reads and writes once; no kernel can do less. Raises as `lightning` does.
     """
     op = "lightning_step"
-    sizes = check.shapes(op, q=(q, "B H K"), k=(k, "B H K"), v=(v, "B H V"), state=(state, "B H K V"))
-    check.dtypes(op, q=q, k=k, v=v)
-    check.dtypes(op, ("float32",), state=state)
+    sizes = arguments.token(op, q, k, v, state)
     _check_decay(op, log_decay, sizes["H"])
     arguments.real(op, scale=scale)
     return arguments.one_token(q, k, v, jnp.exp(log_decay)[:, None, None], state, scale)
@@ -112,10 +90,6 @@ def _check_decay(op: str, log_decay: Array, heads: int) -> None:
         raise argument_error(op, "log_decay", np.asarray(log_decay).max(), "logarithms of decays, at most 0")
 
 
-def _options(call: Call) -> dict[str, Any]:
-    return {"scale": call.scale, "block": call.block, "interpret": call.interpret}
-
-
 FORWARD = (
     Form(
         "gpu",
@@ -123,7 +97,7 @@ FORWARD = (
         platform="cuda",
         refuses=gpu.refuses,
     ),
-    Form("tpu", lambda call, *x: tpu.forward(*x, **_options(call)), platform="tpu", refuses=shared_tpu.refuses),
+    Form("tpu", lambda call, *x: tpu.forward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
     Form("ref", lambda call, *x: ref.recurrent(*x, scale=call.scale), automatic=False),
 )
@@ -145,7 +119,7 @@ BACKWARD = (
         platform="cuda",
         refuses=lambda call: "the gradient has no GPU kernel, only the forward",
     ),
-    Form("tpu", lambda call, *x: tpu.backward(*x, **_options(call)), platform="tpu", refuses=shared_tpu.refuses),
+    Form("tpu", lambda call, *x: tpu.backward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),
     Form("ref", _ref_backward, automatic=False),
 )
