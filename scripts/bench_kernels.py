@@ -25,14 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import kernel_bench
+from kernel_bench.case import Case
 
 from jaxinfer import measure
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from scripts import kernel_bench  # noqa: E402  (found from the repository's root)
-from scripts.kernel_bench.case import Case  # noqa: E402
 
 COLUMNS = ("case", "ours_ms", "share", "bound_by", "peer", "peer_ms", "ratio", "target", "met")
 
@@ -46,7 +44,7 @@ def families() -> list[str]:
 def selected(names: list[str], pattern: str) -> Iterator[Case]:
     """The families' cases whose name `pattern` finds."""
     for name in names:
-        module = importlib.import_module(f"scripts.kernel_bench.{name}")
+        module = importlib.import_module(f"kernel_bench.{name}")
         for case in module.cases():
             if re.search(pattern, case.name):
                 yield case

@@ -20,22 +20,19 @@ import importlib
 import pkgutil
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_cases.case import GpuCase
 
 from jaxinfer import measure
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from scripts import gpu_cases  # noqa: E402  (found from the repository's root)
-from scripts.gpu_cases.case import GpuCase  # noqa: E402
 
 COLUMNS = ("case", "worst_error", "tolerance", "passed", "ours_ms", "xla_ms", "ratio", "share", "bound_by")
 
@@ -43,7 +40,7 @@ COLUMNS = ("case", "worst_error", "tolerance", "passed", "ours_ms", "xla_ms", "r
 def selected(names: list[str], seed: int, pattern: str) -> Iterator[GpuCase]:
     """The families' cases whose name `pattern` finds."""
     for name in names:
-        module = importlib.import_module(f"scripts.gpu_cases.{name}")
+        module = importlib.import_module(f"gpu_cases.{name}")
         yield from (case for case in module.cases(seed) if re.search(pattern, case.name))
 
 

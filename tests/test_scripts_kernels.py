@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 def script(name: str) -> ModuleType:
-    """A script as a module; it puts the repository's root on the path, where its cases are found."""
+    """A script as a module."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -22,9 +23,10 @@ def script(name: str) -> ModuleType:
     return module
 
 
+sys.path.insert(0, str(SCRIPTS))  # as for a script that is run: the cases are found beside it
 bench, check_gpu = script("bench_kernels"), script("check_gpu")
-gpu_attention = importlib.import_module("scripts.gpu_cases.attention")
-kernel_case = importlib.import_module("scripts.kernel_bench.case")
+gpu_attention = importlib.import_module("gpu_cases.attention")
+kernel_case = importlib.import_module("kernel_bench.case")
 
 
 @pytest.mark.parametrize(

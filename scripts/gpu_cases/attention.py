@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxinfer.pallas_kernels.attention.block_sparse import block_sparse
 from jaxinfer.pallas_kernels.attention.flash import flash
-from scripts.gpu_cases.case import GpuCase
+
+from .case import GpuCase
 
 # (B, H, G, T, S, d), options, forms
 FLASH = [

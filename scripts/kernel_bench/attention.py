@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxinfer.pallas_kernels.attention.block_sparse import block_sparse
 from jaxinfer.pallas_kernels.attention.flash import flash
-from scripts.kernel_bench.case import Case, unavailable
+
+from .case import Case, unavailable
 
 FLASH_SHAPES = [(1, 8, 2048, 64), (1, 8, 8192, 64)]
 # What the issue asks of 1x8x2048x64 on CPU: the peer's time over ours.

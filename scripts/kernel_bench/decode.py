@@ -19,7 +19,8 @@ import numpy as np
 from jaxinfer.pallas_kernels.attention.decode import decode, quantize
 from jaxinfer.pallas_kernels.attention.shared_prefix import shared_prefix
 from jaxinfer.pallas_kernels.attention.tree import pack_ancestors, tree
-from scripts.kernel_bench.case import Case, unavailable
+
+from .case import Case, unavailable
 
 HEADS, GROUPS, DIM = 8, 2, 64
 _ours = jax.jit(functools.partial(decode, transposed=True))

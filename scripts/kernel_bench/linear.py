@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels.attention.flash import flash
 from jaxinfer.pallas_kernels.linear.gla import gla
 from jaxinfer.pallas_kernels.linear.lightning import lightning
-from scripts.kernel_bench.case import Case, unavailable
+
+from .case import Case, unavailable
 
 HEADS, DIM, CHUNK = 8, 64, 64
 LENGTHS = (2048, 8192, 32768, 131072)

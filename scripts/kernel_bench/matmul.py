@@ -16,7 +16,8 @@ from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS
 from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul
 from jaxinfer.pallas_kernels.matmul.lowbit import lowbit_matmul
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, make
-from scripts.kernel_bench.case import Case, unavailable
+
+from .case import Case, unavailable
 
 SIZES = (2048, 4096)
 ROWS = (1, 8, 16, 64, 256)

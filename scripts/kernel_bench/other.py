@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jaxinfer.pallas_kernels.fftconv import fftconv
 from jaxinfer.pallas_kernels.softmax import softmax
-from scripts.kernel_bench.case import Case
-from scripts.kernel_bench.linear import bound
+
+from .case import Case
+from .linear import bound
 
 SOFTMAX_SHAPES = [(1, 2**24), (64, 2**18), (4096, 4096)]  # the first two are out of any cache, a row alone
 CONVOLUTIONS = [(4, 64, 1024), (4, 16, 4096), (2, 8, 16384), (2, 4, 65536)]
