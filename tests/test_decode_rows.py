@@ -13,7 +13,7 @@ import pytest
 
 from jaxinfer import cache as kv
 from jaxinfer import decode
-from jaxinfer.decode import Chain, Config, DraftModel, Features, Greedy, Reason, Sampling, keys
+from jaxinfer.decode import Chain, Config, DraftModel, Features, Greedy, Reason, Sampling, Tree, Typical, keys
 from jaxinfer.decode.config import end_tokens
 from jaxinfer.errors import ConfigError, InputError
 from tests import toy
@@ -264,8 +264,11 @@ def test_end_tokens_come_from_the_model_where_the_config_names_none():
 
 
 def test_verifiers_follow_the_features():
-    assert isinstance(Config().verifier_for(Features()), Greedy)
-    assert isinstance(Config().verifier_for(Features(sample=True)), Chain)
+    for chain in (True, False):
+        assert isinstance(Config().verifier_for(Features(), chain=chain), Greedy)
+    assert isinstance(Config().verifier_for(Features(sample=True), chain=True), Chain)
+    assert isinstance(Config().verifier_for(Features(sample=True), chain=False), Tree)
+    assert Config(verifier=Typical()).verifier_for(Features(), chain=True) == Typical()
     assert Config(temperature=0.5, top_k=3).features_for(own=True) == Features(sample=True, top_k=True)
     assert Config(top_k=3).features_for(own=True) == Features()
     assert Config().features_for(own=False) == Features.everything()

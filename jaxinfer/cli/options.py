@@ -75,6 +75,8 @@ DRAFTERS = Registry(
     {
         "plain": "jaxinfer.decode.autoregressive:Autoregressive",
         "draft": "jaxinfer.decode.draft_model:DraftModel",
+        "prompt-lookup": "jaxinfer.decode.prompt_lookup:PromptLookup",
+        "copyspec": "jaxinfer.decode.copyspec:CopySpec",
     },
 )
 # Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.

@@ -7,12 +7,16 @@ from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
 from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
+from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
+from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.stream import Update, stream
 from jaxinfer.decode.types import Proposal, Reason, Stats, Verdict
+from jaxinfer.decode.typical import Typical
 from jaxinfer.decode.verify import Chain, Greedy
+from jaxinfer.decode.verify_tree import Tree
 
 __all__ = [
     "Autoregressive",
@@ -20,15 +24,19 @@ __all__ = [
     "BeamResult",
     "Chain",
     "Config",
+    "CopySpec",
     "DraftModel",
     "Features",
     "Greedy",
+    "PromptLookup",
     "Proposal",
     "Reason",
     "Result",
     "Sampling",
     "State",
     "Stats",
+    "Tree",
+    "Typical",
     "Update",
     "Verdict",
     "advance",

@@ -11,6 +11,7 @@ from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.sampling import Features, Processor, Sampling, check_range
 from jaxinfer.decode.types import Drafter, Step, Verifier
 from jaxinfer.decode.verify import Chain, Greedy
+from jaxinfer.decode.verify_tree import Tree
 from jaxinfer.errors import ConfigError
 
 
@@ -22,8 +23,9 @@ class Config:
     `Sampling` to `generate` or `start` (then `features` says what to compile for; None: everything). Temperature 0 is
     greedy. `max_tokens` also bounds the output buffers. `eos` None takes the model's own (`end_tokens`); `()` ignores
     end tokens. `n` samples a prompt. `logprobs`: None, or how many most likely tokens to report beside the chosen one;
-    they are log-softmax of the model's own logits, before bias, penalties and temperature. `verifier` None: greedy
-    where no row samples, else chain rejection sampling.
+    they are log-softmax of the model's own logits, before bias, penalties and temperature. `verifier` None: the
+    drafter's own where it needs one; else greedy where no row samples, and where one does rejection sampling along a
+    chain, or the tree's rule for trees.
     """
 
     max_tokens: int = 128
@@ -96,11 +98,12 @@ class Config:
             forced=bool(self.forced),
         )
 
-    def verifier_for(self, features: Features) -> Verifier:
-        """The verifier in use."""
-        if self.verifier is not None:
-            return self.verifier
-        return Chain() if features.sample else Greedy()
+    def verifier_for(self, features: Features, *, chain: bool) -> Verifier:
+        """The verifier in use for proposals that are chains, or trees."""
+        own = self.verifier or getattr(self.drafter, "verifier", None)
+        if own is not None:
+            return own
+        return (Chain() if chain else Tree()) if features.sample else Greedy()
 
 
 def end_tokens(step: Step) -> tuple[int, ...]:

@@ -192,7 +192,7 @@ def advance_once(step: Step, params: Any, state: State, *, config: Config, draft
     slots = slots_of(proposal)
     proposal = _within_limit(proposal, slots, seq)
     scored, blocks = _score(step, params, state, proposal, slots, drafter.taps)
-    verifier = config.verifier_for(state.features)
+    verifier = config.verifier_for(state.features, chain=proposal.chain)
     law = warp(scored.logits, slots) if verifier.reads == "logprobs" else warp.scores(scored.logits, slots)
     verdict = verifier.verify(law, proposal, key)
     new, emission = emit(seq, proposal, verdict, state.sampling.eos)

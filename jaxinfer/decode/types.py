@@ -89,6 +89,18 @@ class Proposal:
         valid = jnp.cumprod(valid, 1).astype(bool) if n else valid
         return cls(tokens, parent, valid, q_logp, None, depth=n, chain=True)
 
+    @classmethod
+    def of_tree(
+        cls, tokens: jax.Array, parent: jax.Array, valid: jax.Array, *, depth: int, probe: jax.Array | None = None
+    ) -> Proposal:
+        """A tree of `tokens i32[B, N]` under `parent i32[B or 1, N]`. A draft under an invalid one is made invalid."""
+        parent = jnp.broadcast_to(parent.astype(jnp.int32), tokens.shape)
+        whole = valid
+        for _ in range(depth - 1):
+            above = jnp.concatenate([jnp.ones_like(whole[:, :1]), whole], 1)
+            whole = valid & jnp.take_along_axis(above, parent, 1)
+        return cls(tokens, parent, whole, None, probe, depth=depth)
+
 
 @struct.dataclass
 class Slots:

@@ -19,6 +19,7 @@ from jaxinfer.decode import keys as key_streams
 from jaxinfer.decode.draw import draw, first_max
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.types import Proposal, Verdict
+from jaxinfer.decode.walk import walk
 from jaxinfer.errors import ConfigError
 
 
@@ -38,7 +39,7 @@ class Greedy:
             n = _leading(proposal.valid & (proposal.tokens == best[:, :-1]))
             path, end = _chain_path(n, proposal.depth), n
         else:
-            path, n, end = _walk(best, proposal)
+            path, n, end = walk(best, proposal)
         at = end[:, None]
         finite = jnp.isfinite(jnp.take_along_axis(peak, at, 1)[:, 0])
         return Verdict(path, n, jnp.take_along_axis(best, at, 1)[:, 0], finite)
@@ -94,18 +95,3 @@ def _leading(hits: jax.Array) -> jax.Array:
 def _chain_path(n: jax.Array, depth: int) -> jax.Array:
     index = jnp.arange(depth + 1, dtype=jnp.int32)[None]
     return jnp.where(index <= n[:, None], index, -1)
-
-
-def _walk(best: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The path i32[B, D + 1] of drafts that equal their parent's `best i32[B, R]`, its length, and its last slot."""
-    at = jnp.zeros_like(best[:, 0])
-    usable = proposal.valid if proposal.probe is None else proposal.valid & ~proposal.probe
-    alive, n, path = jnp.ones(at.shape, bool), at, [at]
-    for _ in range(proposal.depth):
-        wanted = jnp.take_along_axis(best, at[:, None], 1)
-        hit = usable & (proposal.parent == at[:, None]) & (proposal.tokens == wanted)
-        alive &= hit.any(1)
-        at = jnp.where(alive, first_max(hit.astype(jnp.int32))[1] + 1, at)
-        n += alive
-        path.append(jnp.where(alive, at, -1))
-    return jnp.stack(path, 1), n, at

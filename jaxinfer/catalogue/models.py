@@ -1,118 +1,11 @@
-"""One table of every method: name, family, paper, guarantee, where it is defined, and how the command line spells it.
+"""Rows of the catalogue: what a model remembers, what a weight is, how a model knows where a token stands.
 
-`jaxinfer methods` prints it, the README's table is made from it (scripts/make_readme.py), and a test imports every
-entry and checks that every method file is listed. A new method adds its file and its row here.
-
-Stability: experimental.
+Stability: internal.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-
-from jaxinfer.errors import InputError
-
-GUARANTEES = ("exact", "exact in distribution", "approximate", "a different model")
-
-
-@dataclasses.dataclass(frozen=True)
-class Paper:
-    """Where a method comes from; `arxiv` is None for a paper that is not there."""
-
-    authors: str
-    year: int
-    arxiv: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.authors} {self.year}" + (f", arXiv {self.arxiv}" if self.arxiv else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One method. `paper` is None for what is common knowledge.
-
-    `entry` is "module:attribute"; `cli` what a batch user types, if anything; `effect` the key of the method's row in
-    the results of its family's benchmark.
-    """
-
-    name: str
-    family: str
-    title: str
-    guarantee: str
-    entry: str
-    paper: Paper | None = None
-    cli: str | None = None
-    effect: str | None = None
-
-    def __post_init__(self):
-        if self.guarantee not in GUARANTEES:
-            raise InputError(f"method {self.name!r}: guarantee {self.guarantee!r} is none of {GUARANTEES}")
-        if self.entry.count(":") != 1:
-            raise InputError(f"method {self.name!r}: entry {self.entry!r} is not 'module:attribute'")
-
-
-_SPECULATIVE = Paper("Leviathan, Kalman, Matias", 2022, "2211.17192")
+from jaxinfer.catalogue.entry import Method, Paper
 
 METHODS: tuple[Method, ...] = (
-    # What proposes tokens.
-    Method(
-        name="plain",
-        family="drafter",
-        title="autoregression, one token a forward",
-        guarantee="exact",
-        entry="jaxinfer.decode.autoregressive:Autoregressive",
-    ),
-    Method(
-        name="draft",
-        family="drafter",
-        title="a small model proposes the next gamma tokens",
-        guarantee="exact in distribution",
-        entry="jaxinfer.decode.draft_model:DraftModel",
-        paper=_SPECULATIVE,
-        cli="--drafter draft",
-    ),
-    # What decides which proposals stay.
-    Method(
-        name="greedy",
-        family="verifier",
-        title="keeps the drafts that the target would have chosen itself",
-        guarantee="exact",
-        entry="jaxinfer.decode.verify:Greedy",
-        paper=_SPECULATIVE,
-    ),
-    Method(
-        name="chain",
-        family="verifier",
-        title="speculative rejection sampling along a chain",
-        guarantee="exact in distribution",
-        entry="jaxinfer.decode.verify:Chain",
-        paper=_SPECULATIVE,
-    ),
-    # How a token is chosen.
-    Method(
-        name="sampling",
-        family="sampling",
-        title="temperature, top-k, top-p, penalties, biases and bans, each a row's own",
-        guarantee="exact",
-        entry="jaxinfer.decode.sampling:Sampling",
-        paper=Paper("Holtzman, Buys, Du, Forbes, Choi", 2019, "1904.09751"),
-        cli="--temperature, --top-k, --top-p, ...",
-    ),
-    Method(
-        name="min-p",
-        family="sampling",
-        title="drops tokens below a share of the likeliest one's probability",
-        guarantee="exact",
-        entry="jaxinfer.decode.sampling:Sampling",
-        paper=Paper("Nguyen et al.", 2024, "2407.01082"),
-        cli="--min-p",
-    ),
-    Method(
-        name="beam",
-        family="sampling",
-        title="the best-scored of several continuations kept side by side",
-        guarantee="approximate",
-        entry="jaxinfer.decode.beam:beam_search",
-    ),
     # What a model remembers.
     Method(
         name="dense",
@@ -321,28 +214,3 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Kazemnejad, Padhi, Natesan, Das, Reddy", 2023, "2305.19466"),
     ),
 )
-
-
-def by_name(name: str) -> Method:
-    """The method of that name; InputError lists the names there are."""
-    for method in METHODS:
-        if method.name == name:
-            return method
-    raise InputError(f"no method {name!r}; methods: {', '.join(sorted(m.name for m in METHODS))}")
-
-
-def families(methods: Iterable[Method] = METHODS) -> tuple[str, ...]:
-    """The families in the order in which they first appear."""
-    return tuple(dict.fromkeys(method.family for method in methods))
-
-
-COLUMNS = ("method", "family", "what it does", "paper", "guarantee", "command line")
-
-
-def table(methods: Sequence[Method] = METHODS) -> list[tuple[str, ...]]:
-    """The catalogue as rows of text under `COLUMNS`, grouped by family: what `jaxinfer methods` and the README show."""
-    order = families(methods)
-    return [
-        (m.name, m.family, m.title, str(m.paper or ""), m.guarantee, m.cli or "")
-        for m in sorted(methods, key=lambda m: order.index(m.family))
-    ]

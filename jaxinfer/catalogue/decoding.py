@@ -1,0 +1,105 @@
+"""Rows of the catalogue: what proposes tokens, what decides which stay, how a token is chosen.
+
+Stability: internal.
+"""
+
+from jaxinfer.catalogue.entry import Method, Paper
+
+_SPECULATIVE = Paper("Leviathan, Kalman, Matias", 2022, "2211.17192")
+
+METHODS: tuple[Method, ...] = (
+    # What proposes tokens.
+    Method(
+        name="plain",
+        family="drafter",
+        title="autoregression, one token a forward",
+        guarantee="exact",
+        entry="jaxinfer.decode.autoregressive:Autoregressive",
+    ),
+    Method(
+        name="draft",
+        family="drafter",
+        title="a small model proposes the next gamma tokens",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.draft_model:DraftModel",
+        paper=_SPECULATIVE,
+        cli="--drafter draft",
+    ),
+    Method(
+        name="prompt-lookup",
+        family="drafter",
+        title="copies what followed the longest n-gram that occurred before",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.prompt_lookup:PromptLookup",
+        paper=Paper("Saxena", 2023),
+        cli="--drafter prompt-lookup",
+    ),
+    Method(
+        name="copyspec",
+        family="drafter",
+        title="copies what followed the last gamma tokens when they first occurred",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.copyspec:CopySpec",
+        paper=Paper("Dumitru et al.", 2025, "2502.08923"),
+        cli="--drafter copyspec",
+    ),
+    # What decides which proposals stay.
+    Method(
+        name="greedy",
+        family="verifier",
+        title="keeps the drafts that the target would have chosen itself",
+        guarantee="exact",
+        entry="jaxinfer.decode.verify:Greedy",
+        paper=_SPECULATIVE,
+    ),
+    Method(
+        name="chain",
+        family="verifier",
+        title="speculative rejection sampling along a chain",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.verify:Chain",
+        paper=_SPECULATIVE,
+    ),
+    Method(
+        name="tree",
+        family="verifier",
+        title="the target's own sample at every slot of a tree decides",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.verify_tree:Tree",
+        paper=Paper("Miao et al.", 2023, "2305.09781"),
+    ),
+    Method(
+        name="typical",
+        family="verifier",
+        title="keeps the longest path of drafts that are likely enough for the target's entropy",
+        guarantee="approximate",
+        entry="jaxinfer.decode.typical:Typical",
+        paper=Paper("Cai et al.", 2024, "2401.10774"),
+    ),
+    # How a token is chosen.
+    Method(
+        name="sampling",
+        family="sampling",
+        title="temperature, top-k, top-p, penalties, biases and bans, each a row's own",
+        guarantee="exact",
+        entry="jaxinfer.decode.sampling:Sampling",
+        paper=Paper("Holtzman, Buys, Du, Forbes, Choi", 2019, "1904.09751"),
+        cli="--temperature, --top-k, --top-p, ...",
+    ),
+    Method(
+        name="min-p",
+        family="sampling",
+        title="drops tokens below a share of the likeliest one's probability",
+        guarantee="exact",
+        entry="jaxinfer.decode.sampling:Sampling",
+        paper=Paper("Nguyen et al.", 2024, "2407.01082"),
+        cli="--min-p",
+    ),
+    Method(
+        name="beam",
+        family="sampling",
+        title="the best-scored of several continuations kept side by side",
+        guarantee="approximate",
+        entry="jaxinfer.decode.beam:beam_search",
+    ),
+)

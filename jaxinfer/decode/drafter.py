@@ -1,0 +1,46 @@
+"""What most drafters share: no taps, no state, nothing learned. A drafter overrides what it needs.
+
+Stability: experimental.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxinfer.cache import Cache
+from jaxinfer.decode.types import Proposal, Pytree, Sequence, Verifier, WarpLike
+
+
+class DrafterBase:
+    """The `Drafter` protocol with its defaults: no taps and an empty state, and any verifier. A subclass is a frozen
+    dataclass that has `width`, `depth` and `propose`; one whose method is its verifier names it in `verifier`."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Inner layers of the target whose hidden states `observe` reads: none."""
+        return ()
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """The verifier that the method prescribes: any."""
+        return None
+
+    def init(self, params: Any, target_params: Any, seq: Sequence, cache: Cache) -> Pytree:
+        """No state."""
+        return ()
+
+    def prefill(self, params: Any, state: Pytree, chunk: Any, output: Any) -> Pytree:
+        """Nothing to learn from a prompt."""
+        return state
+
+    def propose(
+        self, params: Any, state: Pytree, seq: Sequence, cache: Cache, key: jax.Array, *, target_params: Any,
+        warp: WarpLike,
+    ) -> tuple[Proposal, Pytree]:  # fmt: skip
+        raise NotImplementedError(type(self).__name__)
+
+    def observe(self, params, state, seq, proposal, scored, verdict, n, cache) -> Pytree:
+        """Nothing to learn from a step."""
+        return state
