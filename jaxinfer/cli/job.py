@@ -143,9 +143,10 @@ def run(asked: Asked) -> int:
     _say_need(plan.need(settings, width), settings)
     chosen = options.format_of(asked.weights, asked.cache)
     lm = options.load(asked.model, chosen, max_length=asked.max_length, draft_model=asked.draft_model)
+    drafter = options.drafter_of(asked.drafter, lm)
     engine = DecodeEngine(
-        lm.step, lm.params, settings, config=Config(drafter=options.drafter_of(asked.drafter, lm)),
-        draft_params=None if lm.draft is None else lm.draft.params, notice=note,
+        lm.step, lm.params, settings, config=Config(drafter=drafter), notice=note,
+        draft_params=lm.draft.params if lm.draft is not None and hasattr(drafter, "step") else None,
     )  # fmt: skip
     with stop_on(signal.SIGTERM) as stop, progress_bar("rows") as tell:
         runner = Runner(

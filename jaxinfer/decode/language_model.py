@@ -225,8 +225,8 @@ class LanguageModel:
     def _drafter(self, drafter: Drafter | None, draft_params: Any) -> tuple[Drafter, Any]:
         if drafter is None:
             drafter = Autoregressive() if self.draft is None else DraftModel(self.draft.step)
-        if draft_params is None and self.draft is not None:
-            draft_params = self.draft.params
+        if draft_params is None and self.draft is not None and hasattr(drafter, "step"):
+            draft_params = self.draft.params  # a drafter without a model of its own takes none
         return drafter, draft_params
 
 

@@ -145,7 +145,7 @@ def start(
     reason = jnp.where(fits, reason, jnp.int32(Reason.ERROR))
     length = jnp.clip(length, 1, width)
     buffer = jnp.pad(jnp.asarray(tokens, jnp.int32), ((0, 0), (0, capacity - width)))
-    seq = Sequence(buffer, length, length, limit, reason != 0, reason, keys)
+    seq = Sequence(buffer, length, length, limit, reason != 0, reason, keys, step.vocab_size)
     cache = step.new_cache(batch, capacity)
     drafter = config.drafter.init(draft_params, params, seq, cache)
     cache, drafter, finite = prefill(

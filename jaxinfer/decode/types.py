@@ -44,6 +44,7 @@ class Sequence:
 
     `tokens i32[B, T]` (right-padded), `length`, `prompt_length`, `limit` (the length at which the row stops) `i32[B]`,
     `done bool[B]`, `reason i32[B]` (`Reason`), `key[B]`: each row's own typed key, which nothing moves or advances.
+    Static: `vocab_size` of the model that reads the rows, for drafters that keep a table over it (0: not told).
     """
 
     tokens: jax.Array
@@ -53,6 +54,7 @@ class Sequence:
     done: jax.Array
     reason: jax.Array
     key: jax.Array
+    vocab_size: int = struct.field(pytree_node=False, default=0)
 
     @property
     def root(self) -> jax.Array:

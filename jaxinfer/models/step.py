@@ -71,6 +71,11 @@ class Step:
         result: Any = Decoder(self.config).apply(variables, inputs, positions, cache, block, at, mask, taps)
         return result
 
+    def embed(self, params, ids: jax.Array) -> jax.Array:
+        """The embeddings f[..., D] of `ids i32[...]` as `__call__` accepts them in place of ids."""
+        x, scale = weights.take(params["embedding"], ids), self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
     def head(self, params, hidden: jax.Array) -> jax.Array:
         """Logits f32[..., V] of `hidden[..., D]`."""
         if self.config.tie_embeddings:
