@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.softmax import blocked, ref, tpu
+from jaxinfer.pallas_kernels.softmax import blocked, gpu, ref, tpu
 
 Array = jax.Array
 OP = "softmax"
@@ -41,9 +41,9 @@ def softmax(
 ) -> Array:
     """Softmax of x (float32, bfloat16 or float16) over `axis`, computed in float32, in x's shape and dtype.
 
-    An entry of -inf has probability 0 and a row of nothing else is all zeros; a NaN or +inf makes its row NaN. Finite
-    entries beyond +-2^23 count as +-2^23. `impl` names a form (`ref`, `blocked`, `tpu`), `block` the entries of
-    a row worked on at a time. Differentiable.
+    An entry of -inf has probability 0 and a row of nothing else is all zeros; a NaN makes its row NaN. Other entries
+    beyond +-2^23, +inf too, count as +-2^23. `impl` names a form (`ref`, `usual`, `blocked`, `tpu`, `gpu`), `block` the
+    entries of a row worked on at a time (the forms `blocked` and `tpu`). Differentiable, once.
 
     Raises ArgumentError before tracing for what does not fit, UnsupportedError where the form named cannot serve.
     """
@@ -60,6 +60,7 @@ def softmax(
     return jnp.moveaxis(out.reshape(moved.shape), -1, axis)
 
 
+# On a GPU that no kernel serves, XLA's own fusions beat the loop over lanes of `blocked`.
 FORWARD = (
     Form(
         "tpu",
@@ -67,8 +68,22 @@ FORWARD = (
         platform="tpu",
         refuses=tpu.refuses,
     ),
+    Form("gpu", lambda call, x: gpu.forward(x, interpret=call.interpret), platform="cuda", refuses=gpu.refuses),
+    Form("usual", lambda call, x: ref.softmax(x), platform="cuda"),
     Form("blocked", lambda call, x: blocked.forward(x, block=call.block)),
     Form("ref", lambda call, x: ref.softmax(x), automatic=False),
+)
+BACKWARD = (
+    Form(
+        "tpu",
+        lambda call, y, d: tpu.backward(y, d, block=call.block, interpret=call.interpret),
+        platform="tpu",
+        refuses=tpu.refuses,
+    ),
+    Form("gpu", lambda call, y, d: gpu.backward(y, d, interpret=call.interpret), platform="cuda", refuses=gpu.refuses),
+    Form("usual", lambda call, y, d: blocked.backward_fused(y, d), platform="cuda"),
+    Form("blocked", lambda call, y, d: blocked.backward(y, d)),
+    Form("ref", lambda call, y, d: blocked.backward_fused(y, d), automatic=False),
 )
 
 
@@ -83,8 +98,7 @@ def _save(call: Call, impl: str | None, x: Array) -> Any:
 
 
 def _grad(call: Call, impl: str | None, out: Array, d_out: Array) -> tuple[Array]:
-    # Elementwise after one sum a row, from the output alone: XLA's fusion is the kernel on every platform.
-    return (blocked.backward(out, d_out),)
+    return (cast(Array, dispatch(f"{OP} backward", BACKWARD, call, out, d_out, impl=impl)),)
 
 
 _softmax.defvjp(_save, _grad)
