@@ -48,8 +48,8 @@ def gla(
     q, k and v share a dtype (float32, bfloat16 or float16), which is out's; the state is float32. `log_gate` (that
     dtype or float32) is the natural logarithm of each channel's decay, at most 0 and down to -inf. `state` is what came
     before (zeros if None). Of row b only the first `lengths[b]` tokens count: behind them out is 0 and the state stays.
-    `impl` names a form (`ref`, `blocked`, `tpu`), `block` the tokens in a chunk (a power of two).
-    Differentiable in all arrays but `lengths`.
+    `impl` names a form (`ref`, `blocked`, `tpu`), `block` the tokens in a chunk. Differentiable in
+    all arrays but `lengths`.
 
     Raises ArgumentError before tracing for ranks, sizes, dtypes and values that do not fit, and UnsupportedError
     where the form named cannot serve.
@@ -59,8 +59,6 @@ def gla(
     arguments.real(OP, scale=scale or 0)
     factor = sizes["K"] ** -0.5 if scale is None else float(scale)
     check.positive(OP, block=block)
-    if block is not None and block & (block - 1):
-        raise argument_error(OP, "block", block, "a power of two")
     call = Call.of(sizes, q.dtype, factor, block, interpret)
     k, log_gate = arguments.keep_valid(k, lengths), arguments.keep_valid(log_gate, lengths)
     out, final = cast(tuple[Array, Array], _gla(call, impl, (q, k, v, log_gate, arguments.initial(state, sizes))))

@@ -2,7 +2,7 @@
 
 Yang et al., 2023 (arXiv 2312.06635), with the secondary chunking replaced by the levels of gla/levels.py. Levels below
 TILE share products of TILE tokens, masked to their pairs (small products cost more than wasted ones); the levels above
-multiply halves.
+multiply halves. Of a chunk whose size is no power of two the levels see the next one, zeros behind its tokens.
 
 Stability: experimental.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinfer.pallas_kernels.linear import chunked
 from jaxinfer.pallas_kernels.linear.arguments import padded, power_of_two_up_to
-from jaxinfer.pallas_kernels.linear.chunked import Decays, Rule, product
+from jaxinfer.pallas_kernels.linear.chunked import Decays, Rule, Sizes, product
 from jaxinfer.pallas_kernels.linear.gla.levels import from_halves, halves, levels, pairs, second
 
 Array = jax.Array
@@ -29,11 +29,11 @@ TILE = 16
 def forward(
     q: Array, k: Array, v: Array, log_gate: Array, state: Array, *, scale: float, block: int | None
 ) -> tuple[Array, Array]:
-    """out [B, H, T, V] and state f32 [B, H, K, V]; `block` is a power of two."""
+    """out [B, H, T, V] and state f32 [B, H, K, V]."""
     length = q.shape[2]
-    chunk, group = _sizes(length, block)
-    q, k, v, log_gate = (padded(x, chunk * group) for x in (q, k, v, log_gate))
-    out, state = chunked.forward(_rule(log_gate, chunk, group, scale), q, k, v, state, chunk, group)
+    sizes = _sizes(length, block)
+    q, k, v, log_gate = (padded(x, sizes.tokens) for x in (q, k, v, log_gate))
+    out, state = chunked.forward(_rule(log_gate, sizes, scale), q, k, v, state, sizes)
     return out[:, :, :length], state
 
 
@@ -42,25 +42,23 @@ def backward(
     *, scale: float, block: int | None,
 ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
     """Gradients of q, k, v, log_gate (each in its dtype) and state, from those of the two outputs."""
-    length, gate_dtype = q.shape[2], log_gate.dtype
-    chunk, group = _sizes(length, block)
-    q, k, v, log_gate, d_out = (padded(x, chunk * group) for x in (q, k, v, log_gate, d_out))
-    rule = _rule(log_gate, chunk, group, scale)
-    *grads, d_first, d_gate = chunked.backward(rule, q, k, v, state, d_out, d_state, chunk, group)
-    dq, dk, dv = (x[:, :, :length] for x in grads)
-    d_gate = jnp.moveaxis(d_gate, 0, 2).reshape(log_gate.shape)[:, :, :length]
-    return dq, dk, dv, d_gate.astype(gate_dtype), d_first
+    length = q.shape[2]
+    sizes = _sizes(length, block)
+    q, k, v, log_gate, d_out = (padded(x, sizes.tokens) for x in (q, k, v, log_gate, d_out))
+    rule = _rule(log_gate, sizes, scale)
+    dq, dk, dv, d_first, d_gate = chunked.backward(rule, q, k, v, state, d_out, d_state, sizes, log_gate)
+    dq, dk, dv, d_gate = (x[:, :, :length] for x in (dq, dk, dv, d_gate))
+    return dq, dk, dv, d_gate, d_first
 
 
-def _sizes(length: int, block: int | None) -> tuple[int, int]:
+def _sizes(length: int, block: int | None) -> Sizes:
     chunk = block or power_of_two_up_to(length, CHUNK)
-    return chunk, min(GROUP, -(-length // chunk))
+    return Sizes.of(length, chunk, GROUP, rows=power_of_two_up_to(chunk, chunk * 2))
 
 
-def _rule(log_gate: Array, chunk: int, group: int, scale: float) -> Rule:
+def _rule(log_gate: Array, sizes: Sizes, scale: float) -> Rule:
     """`gate` is the decays of a group, f32 [B, H, G, C, K]."""
-    stored = chunked.bits(log_gate)
-    cut, _ = chunked.cutter(stored, chunk, group)
+    chunk = sizes.rows
     later = jnp.asarray(np.triu(np.ones((chunk, chunk), np.float32)))
 
     def decays(gate: Array) -> Decays:
@@ -73,7 +71,7 @@ def _rule(log_gate: Array, chunk: int, group: int, scale: float) -> Rule:
         return sums + boundary[..., None, :]
 
     return Rule(
-        lambda first: jnp.exp(cut(stored, first // group).astype(jnp.float32)),
+        lambda i: jnp.exp(sizes.cut(log_gate, i).astype(jnp.float32)),
         decays,
         lambda q, k, v, gate: scale * _inside(q, k, v, gate),
         lambda q, k, v, gate, d_out: _inside_grad(q, k, v, gate, d_out, scale),

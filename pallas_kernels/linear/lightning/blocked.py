@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxinfer.pallas_kernels.linear import chunked
 from jaxinfer.pallas_kernels.linear.arguments import padded, power_of_two_up_to
-from jaxinfer.pallas_kernels.linear.chunked import Decays, Rule, product
+from jaxinfer.pallas_kernels.linear.chunked import Decays, Rule, Sizes, product
 
 Array = jax.Array
 CHUNK = 64  # measured on 1x8x2048x64 to 1x8x32768x64: 32 and 128 are within 20 %, 256 takes twice as long
@@ -25,9 +25,9 @@ def forward(
 ) -> tuple[Array, Array]:
     """out [B, H, T, V] and state f32 [B, H, K, V]. Tokens from `lengths` on must have k = 0; their out is undefined."""
     length = q.shape[2]
-    chunk, group = _sizes(length, block)
-    q, k, v = (padded(x, chunk * group) for x in (q, k, v))
-    out, state = chunked.forward(_rule(log_decay, lengths, chunk, group, scale), q, k, v, state, chunk, group)
+    sizes = _sizes(length, block)
+    q, k, v = (padded(x, sizes.tokens) for x in (q, k, v))
+    out, state = chunked.forward(_rule(log_decay, lengths, sizes, scale), q, k, v, state, sizes)
     return out[:, :, :length], state
 
 
@@ -37,28 +37,28 @@ def backward(
 ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
     """Gradients of q, k, v (in their dtype), log_decay f32 [H] and state, from those of the two outputs."""
     length = q.shape[2]
-    chunk, group = _sizes(length, block)
-    q, k, v, d_out = (padded(x, chunk * group) for x in (q, k, v, d_out))
-    rule = _rule(log_decay, lengths, chunk, group, scale)
-    *grads, d_first, d_decay = chunked.backward(rule, q, k, v, state, d_out, d_state, chunk, group)
+    sizes = _sizes(length, block)
+    q, k, v, d_out = (padded(x, sizes.tokens) for x in (q, k, v, d_out))
+    rule = _rule(log_decay, lengths, sizes, scale)
+    *grads, d_first, d_decay = chunked.backward(rule, q, k, v, state, d_out, d_state, sizes)
     dq, dk, dv = (x[:, :, :length] for x in grads)
     return dq, dk, dv, d_decay.sum(0), d_first
 
 
-def _sizes(length: int, block: int | None) -> tuple[int, int]:
-    chunk = block or power_of_two_up_to(length, CHUNK)
-    return chunk, min(GROUP, -(-length // chunk))
+def _sizes(length: int, block: int | None) -> Sizes:
+    return Sizes.of(length, block or power_of_two_up_to(length, CHUNK), GROUP)
 
 
-def _rule(log_decay: Array, lengths: Array, chunk: int, group: int, scale: float) -> Rule:
+def _rule(log_decay: Array, lengths: Array, sizes: Sizes, scale: float) -> Rule:
     """`gate` is the number of true tokens in each chunk, [B, 1, G, 1]."""
+    chunk, group = sizes.chunk, sizes.group
     row = jnp.arange(chunk)
     age = row[:, None] - row
     slope = log_decay[:, None, None]
     mask = jnp.where(age >= 0, scale * jnp.exp(slope * jnp.maximum(age, 0)), 0.0)[:, None]  # [H, 1, C, C]
 
-    def gates(first: Array) -> Array:
-        start = (first + jnp.arange(group)) * chunk
+    def gates(i: Array) -> Array:
+        start = (i * group + jnp.arange(group)) * chunk
         return jnp.clip(lengths[:, None, None, None] - start[:, None], 0, chunk)
 
     def decays(count: Array) -> Decays:
