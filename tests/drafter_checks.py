@@ -39,8 +39,19 @@ class Limited(DrafterBase):
     def taps(self):
         return self.drafter.taps
 
+    @property
+    def verifier(self):
+        return self.drafter.verifier
+
+    @property
+    def widths(self):
+        return self.drafter.widths
+
     def init(self, params, target_params, seq, cache):
         return self.drafter.init(params["own"], target_params, seq, cache)
+
+    def ready(self, params, state, seq, cache, *, target_params):
+        return self.drafter.ready(params["own"], state, seq, cache, target_params=target_params)
 
     def prefill(self, params, state, chunk, output):
         return self.drafter.prefill(params["own"], state, chunk, output)

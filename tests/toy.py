@@ -20,7 +20,8 @@ from flax import struct
 from jaxinfer import cache as kv
 from jaxinfer import decode
 from jaxinfer.cache.base import SpecBase
-from jaxinfer.decode.types import Proposal
+from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.types import Proposal, Sequence
 from jaxinfer.ops.attention import AttentionSpec
 from jaxinfer.ops.position import Rope
 
@@ -122,32 +123,22 @@ class Attentive:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scripted:
+class Scripted(DrafterBase):
     """Drafts what its params say, `{"script": i32[B, T], "gamma": i32[B]}`, by position; the first gamma are valid.
 
     An oracle where the script is the target's own output, an adversary where it is wrong everywhere.
     """
 
     width: int
-    taps: tuple = ()
 
     @property
     def depth(self):
         return self.width
 
-    def init(self, params, target_params, seq, cache):
-        return ()
-
-    def prefill(self, params, state, chunk, output):
-        return state
-
     def propose(self, params, state, seq, cache, key, *, target_params, warp):
         at = seq.length[:, None] + jnp.arange(self.width)
         tokens = jnp.take_along_axis(params["script"], at, 1, mode="clip")
         return Proposal.of_chain(tokens, jnp.arange(self.width) < params["gamma"][:, None]), state
-
-    def observe(self, params, state, seq, proposal, scored, verdict, n, cache):
-        return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +190,17 @@ def prompts(seed, batch, width, vocab, *, lengths=None):
     tokens = rng.integers(0, vocab, (batch, width)).astype(np.int32)
     lengths = rng.integers(1, width + 1, batch) if lengths is None else np.asarray(lengths)
     return jnp.asarray(tokens), jnp.asarray(lengths.astype(np.int32))
+
+
+def sequence(*rows, size=16, prompt=None, vocab_size=0):
+    """A Sequence of the given rows of tokens, with rubbish after them; the first `prompt` of each are its prompt."""
+    tokens = np.full((len(rows), size), 9, np.int32)
+    for row, values in zip(tokens, rows, strict=True):
+        row[: len(values)] = values
+    length = jnp.asarray([len(row) for row in rows], jnp.int32)
+    zeros = jnp.zeros(len(rows), jnp.int32)
+    prompts = length if prompt is None else zeros + prompt
+    return Sequence(jnp.asarray(tokens), length, prompts, zeros + size, zeros > 0, zeros, zeros, vocab_size)
 
 
 def law_of(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

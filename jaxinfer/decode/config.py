@@ -102,6 +102,11 @@ class Config:
         """The verifier in use for proposals that are chains, or trees."""
         own = self.verifier or getattr(self.drafter, "verifier", None)
         if own is not None:
+            if features.sample and getattr(own, "greedy_only", False):
+                name = type(own).__name__
+                raise ConfigError(
+                    f"{name} decodes greedily: got rows that may sample, accepts temperature 0 in all rows"
+                )
             return own
         return (Chain() if chain else Tree()) if features.sample else Greedy()
 

@@ -23,6 +23,12 @@ class DrafterBase:
         return ()
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Draft counts below `width` at which the target's forward is compiled too, and run where every row's drafts
+        fit: none, unless asked for, since which one runs follows the whole batch (it changes rounding alone)."""
+        return ()
+
+    @property
     def verifier(self) -> Verifier | None:
         """The verifier that the method prescribes: any."""
         return None
@@ -33,6 +39,15 @@ class DrafterBase:
 
     def prefill(self, params: Any, state: Pytree, chunk: Any, output: Any) -> Pytree:
         """Nothing to learn from a prompt."""
+        return state
+
+    def ready(self, params: Any, state: Pytree, seq: Sequence, cache: Cache, *, target_params: Any) -> Pytree:
+        """Nothing to prepare once the prompt is in the cache."""
+        return state
+
+    def shortened(self, state: Pytree, limit: jax.Array) -> Pytree:
+        """The state told to propose no more than the first `limit i32[B]` drafts in the next step, where that saves
+        work; the caller drops the others."""
         return state
 
     def propose(

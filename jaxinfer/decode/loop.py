@@ -12,6 +12,7 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from jaxinfer.decode.logprobs import TokenLogprobs
 from jaxinfer.decode.prefill import notes_of, prefill
 from jaxinfer.decode.sampling import Features, History, Sampling, Warp
 from jaxinfer.decode.tree import slots_of, visibility
-from jaxinfer.decode.types import Proposal, Reason, Scored, Sequence, Slots, Stats, Step
+from jaxinfer.decode.types import Proposal, Reason, Scored, Sequence, Slots, Stats, Step, Verdict
 from jaxinfer.errors import ConfigError, InputError
 
 
@@ -152,6 +153,7 @@ def start(
         step, params, cache, seq, width=width, chunk=config.prefill_chunk,
         drafter=config.drafter, draft_params=draft_params, state=drafter,
     )  # fmt: skip
+    drafter = config.drafter.ready(draft_params, drafter, seq, cache, target_params=params)
     reason = jnp.where(finite, reason, jnp.int32(Reason.ERROR))
     counts = jnp.zeros((batch, config.drafter.depth), jnp.int32)
     zeros = jnp.zeros(batch, jnp.int32)
@@ -183,15 +185,54 @@ def advance(
 
 def advance_once(step: Step, params: Any, state: State, *, config: Config, draft_params: Any = None) -> State:
     """One step: at most `drafter.depth + 1` tokens for every row that is not done."""
-    seq, drafter = state.seq, config.drafter
+    proposal, state = propose(params, state, config=config, draft_params=draft_params)
+    scored, blocks = score(step, params, state, proposal, config=config)
+    return settle(state, proposal, scored, blocks, config=config, draft_params=draft_params)
+
+
+def propose(params: Any, state: State, *, config: Config, draft_params: Any = None) -> tuple[Proposal, State]:
+    """A step's first part: the drafts, and the state with what the drafter remembers of them.
+
+    The three parts make a step in one program (`advance_once`), or each a program of its own where the host has
+    something to say between them: it may change the drafts before `score`, and hand masks to `settle`.
+    """
+    seq = state.seq
     key = key_streams.step_keys(seq.key, seq.length)
     warp = Warp(state.sampling, state.features, seq, state.history, config.processors)
-    proposal, pending = drafter.propose(
+    proposal, pending = config.drafter.propose(
         draft_params, state.drafter, seq, state.cache, key, target_params=params, warp=warp
     )
-    slots = slots_of(proposal)
-    proposal = _within_limit(proposal, slots, seq)
-    scored, blocks = _score(step, params, state, proposal, slots, drafter.taps)
+    return within_limit(proposal, seq), dataclasses.replace(state, drafter=pending)
+
+
+def score(step: Step, params: Any, state: State, proposal: Proposal, *, config: Config) -> tuple[Scored, Any]:
+    """A step's second part: the target over the root and the drafts. Reads the cache and leaves it as it is."""
+    seq, slots = state.seq, slots_of(proposal)
+    tokens = jnp.concatenate([seq.root[:, None], proposal.tokens], 1)
+    positions = seq.length[:, None] - 1 + slots.depth
+    live = jnp.concatenate([~seq.done[:, None], proposal.valid], 1)
+    positions = jnp.where(live, positions, -1)
+    mask = None if proposal.chain else visibility(slots)
+    blocks = kv.new_blocks(state.cache, tokens.shape[1])
+    output, blocks = step(params, tokens, positions, state.cache, blocks, 0, mask, taps=config.drafter.taps)
+    return Scored(tokens, step.head(params, output.hidden), output), blocks
+
+
+def settle(
+    state: State,
+    proposal: Proposal,
+    scored: Scored,
+    blocks: Any,
+    *,
+    config: Config,
+    draft_params: Any = None,
+    masks: jax.Array | None = None,
+) -> State:
+    """A step's last part: warp, verify, emit, commit, observe. `masks u32[B, R, ceil(V / 32)]`: the tokens that a
+    grammar allows after each slot, a bit each, lowest first (`sampling.Warp`)."""
+    seq, drafter, slots = state.seq, config.drafter, slots_of(proposal)
+    key = key_streams.step_keys(seq.key, seq.length)
+    warp = Warp(state.sampling, state.features, seq, state.history, config.processors, masks)
     verifier = config.verifier_for(state.features, chain=proposal.chain)
     law = warp(scored.logits, slots) if verifier.reads == "logprobs" else warp.scores(scored.logits, slots)
     verdict = verifier.verify(law, proposal, key)
@@ -206,7 +247,7 @@ def advance_once(step: Step, params: Any, state: State, *, config: Config, draft
     return State(
         new,
         cache,
-        drafter.observe(draft_params, pending, new, proposal, scored, verdict, emission.n, cache),
+        drafter.observe(draft_params, state.drafter, new, proposal, scored, verdict, emission.n, cache),
         state.sampling,
         None if state.history is None else state.history.extend(emission.tokens, emission.n),
         logprobs,
@@ -278,25 +319,13 @@ def check_prompts(tokens: jax.Array, lengths: jax.Array, capacity: int) -> None:
         raise InputError(f"lengths[{bad[0]}]: got {found[bad[0]]}, accepts 1 to {tokens.shape[1]}")
 
 
-def _within_limit(proposal: Proposal, slots: Slots, seq: Sequence) -> Proposal:
-    """Drop the drafts that could not be emitted any more, and all drafts of rows that are done."""
+def within_limit(proposal: Proposal, seq: Sequence) -> Proposal:
+    """Without the drafts that could not be emitted any more, and without any for rows that are done."""
     if proposal.tokens.shape[1] == 0:
         return proposal
     room = jnp.where(seq.done, 0, seq.limit - seq.length)
-    return dataclasses.replace(proposal, valid=proposal.valid & (slots.depth[:, 1:] <= room[:, None]))
-
-
-def _score(step, params, state: State, proposal: Proposal, slots: Slots, taps) -> tuple[Scored, Any]:
-    """Run the target over the root and the drafts."""
-    seq = state.seq
-    tokens = jnp.concatenate([seq.root[:, None], proposal.tokens], 1)
-    positions = seq.length[:, None] - 1 + slots.depth
-    live = jnp.concatenate([~seq.done[:, None], proposal.valid], 1)
-    positions = jnp.where(live, positions, -1)
-    mask = None if proposal.chain else visibility(slots)
-    blocks = kv.new_blocks(state.cache, tokens.shape[1])
-    output, blocks = step(params, tokens, positions, state.cache, blocks, 0, mask, taps=taps)
-    return Scored(tokens, step.head(params, output.hidden), output), blocks
+    valid = proposal.valid & (slots_of(proposal).depth[:, 1:] <= room[:, None])
+    return dataclasses.replace(proposal, valid=valid)
 
 
 def _count(stats: Stats, seq: Sequence, proposal: Proposal, slots: Slots, accepted: jax.Array, n: jax.Array) -> Stats:

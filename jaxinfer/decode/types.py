@@ -11,6 +11,7 @@ Stability: experimental.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any, Protocol
 
@@ -70,7 +71,9 @@ class Sequence:
 class Proposal:
     """Drafts for one step: `tokens`, `parent i32[B, N]` (slot ids, 0 is the root, a parent comes before its child),
     `valid bool[B, N]`, `q_logp f32[B, N, V]` (the law that each draft was sampled from; None: drafts are certain,
-    that is one-hot), `probe bool[B, N]` (scored but never accepted) or None.
+    that is one-hot), `probe bool[B, N]` (scored but never accepted) or None. `ahead i32[B]` (-1: none), of law
+    `ahead_logp f32[B, V]` (None: certain): a guess at the token after a whole chain, which the target need not read as
+    it stands in the place of the bonus: what a drafter guesses while the target is still at work.
 
     Static: `depth`, the longest path; `chain`: slot j's parent is slot j - 1 and `valid` is a prefix.
     """
@@ -80,6 +83,8 @@ class Proposal:
     valid: jax.Array
     q_logp: jax.Array | None = None
     probe: jax.Array | None = None
+    ahead: jax.Array | None = None
+    ahead_logp: jax.Array | None = None
     depth: int = struct.field(pytree_node=False, default=0)
     chain: bool = struct.field(pytree_node=False, default=False)
 
@@ -89,7 +94,18 @@ class Proposal:
         batch, n = tokens.shape
         parent = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
         valid = jnp.cumprod(valid, 1).astype(bool) if n else valid
-        return cls(tokens, parent, valid, q_logp, None, depth=n, chain=True)
+        return cls(tokens, parent, valid, q_logp, depth=n, chain=True)
+
+    def leading(self, n: int) -> Proposal:
+        """The proposal without the drafts after the first `n`."""
+
+        def cut(x: jax.Array | None) -> jax.Array | None:
+            return None if x is None else x[:, :n]
+
+        return dataclasses.replace(
+            self, tokens=self.tokens[:, :n], parent=self.parent[:, :n], valid=self.valid[:, :n],
+            q_logp=cut(self.q_logp), probe=cut(self.probe), depth=min(self.depth, n),
+        )  # fmt: skip
 
     @classmethod
     def of_tree(
@@ -101,7 +117,7 @@ class Proposal:
         for _ in range(depth - 1):
             above = jnp.concatenate([jnp.ones_like(whole[:, :1]), whole], 1)
             whole = valid & jnp.take_along_axis(above, parent, 1)
-        return cls(tokens, parent, whole, None, probe, depth=depth)
+        return cls(tokens, parent, whole, probe=probe, depth=depth)
 
 
 @struct.dataclass
@@ -214,7 +230,8 @@ class Drafter(Protocol):
 
     `width` is N, `depth` is D. `params` are the drafter's own; `target_params` the model's; `cache` the model's, read
     only. `key` holds one key a row for this step: take `keys.stream(key, Stream.DRAFT)` and nothing else. A drafter
-    whose `vocab_size` (where it has one) differs from the model's is refused.
+    whose `vocab_size` (where it has one) differs from the model's is refused. `ready` is called once, after the last
+    chunk of the prompt. `widths`: draft counts to which the target's forward may shrink where all rows' drafts fit.
     """
 
     @property
@@ -223,8 +240,11 @@ class Drafter(Protocol):
     def depth(self) -> int: ...
     @property
     def taps(self) -> tuple[int, ...]: ...
+    @property
+    def widths(self) -> tuple[int, ...]: ...
     def init(self, params, target_params, seq: Sequence, cache: Cache) -> Pytree: ...
     def prefill(self, params, state: Pytree, chunk: Chunk, output: Any) -> Pytree: ...
+    def ready(self, params, state: Pytree, seq: Sequence, cache: Cache, *, target_params) -> Pytree: ...
     def propose(
         self, params, state: Pytree, seq: Sequence, cache: Cache, key: jax.Array, *, target_params, warp: WarpLike
     ) -> tuple[Proposal, Pytree]: ...
