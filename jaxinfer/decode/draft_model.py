@@ -4,9 +4,15 @@ Leviathan et al. 2022 (arXiv:2211.17192), Chen et al. 2023 (arXiv:2302.01318); p
 greedy output equal to plain greedy, sampled output of the target's law (with the chain verifier). State: the draft's
 own cache, and a draft length for each row.
 
-Departure: published codes run gamma + 1 draft forwards, or leave a hole where the last draft's keys should be. Here the
-draft's cache stays two tokens behind the row, and each round begins with one forward over the last two tokens: gamma
-forwards, and nothing is missing after full acceptance.
+Two rules shorten drafts, both off by default and both after the assisted generation of transformers: `adaptive` makes a
+row's length two longer after a step that kept every draft and one shorter, down to one, after a step that did not;
+`confidence` ends a draft where the draft model's largest probability falls below it (0.4 there).
+
+Departures: published codes run gamma + 1 draft forwards, or leave a hole where the last draft's keys should be. Here
+the draft's cache stays two tokens behind the row, and each round begins with one forward over the last two tokens:
+gamma forwards, and nothing is missing after full acceptance. transformers ends a draft after an unlikely token was
+drawn; here a draft ends before the token is drawn, which asks less of the target and leaves the law as it is. There a
+draft cut short by doubt counts against the length; here only a rejected draft does.
 
 Stability: experimental.
 """
@@ -21,38 +27,47 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxinfer import cache as kv
+from jaxinfer.decode import draft_chain
 from jaxinfer.decode import keys as key_streams
-from jaxinfer.decode.draw import draw, first_max
+from jaxinfer.decode.draft_chain import Law
+from jaxinfer.decode.drafter import DrafterBase
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.prefill import commit_chunk
-from jaxinfer.decode.types import Proposal, Slots, Step
+from jaxinfer.decode.types import Proposal, Sequence, Step
 from jaxinfer.errors import ConfigError
 
 
 @struct.dataclass
 class DraftState:
-    """`cache`: holds `length - 2` tokens of each row; `gamma i32[B]`: drafts to propose, up to the static width."""
+    """`cache`: holds `length - 2` tokens of each row, or fewer where the drafter is `lazy`; `gamma i32[B]`: drafts to
+    propose, up to the static width. Within a step: `blocks`, and `ran bool[B]`, the rows that they hold."""
 
     cache: kv.Cache
     gamma: jax.Array
     blocks: Any = None
+    ran: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel:
+class DraftModel(DrafterBase):
     """`step`: the draft, a model of the target's vocabulary; its weights come as `draft_params`.
 
     `gamma` is the most that a step drafts and fixes the shapes; `DraftState.gamma` is data, so one compilation serves
-    every shorter length.
+    every shorter length. `adaptive`, `confidence`: see above. `lazy`: rows of length 0 cost no draft forward, and their
+    cache catches up when they draft again.
     """
 
     step: Step
     gamma: int = 4
-    taps: tuple[int, ...] = dataclasses.field(default=(), init=False)
+    adaptive: bool = False
+    confidence: float = 0.0
+    lazy: bool = False
 
     def __post_init__(self):
         if self.gamma < 1:
             raise ConfigError(f"gamma: got {self.gamma}, accepts 1 or more")
+        if not 0 <= self.confidence < 1:
+            raise ConfigError(f"confidence: got {self.confidence}, accepts 0 (off) to below 1")
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +87,7 @@ class DraftModel:
     def init(self, params, target_params, seq, cache) -> DraftState:
         """An empty draft cache of the row's capacity."""
         if params is None:
-            raise ConfigError("DraftModel needs its weights: pass draft_params")
+            raise ConfigError(f"{type(self).__name__} needs its weights: pass draft_params")
         batch, capacity = seq.tokens.shape
         return DraftState(self.step.new_cache(batch, capacity), jnp.full(batch, self.gamma, jnp.int32))
 
@@ -83,57 +98,50 @@ class DraftModel:
             state, cache=commit_chunk(self.step, params, state.cache, chunk.tokens, positions)[0]
         )
 
+    def shortened(self, state: DraftState, limit: jax.Array) -> DraftState:
+        """Draft no more than `limit i32[B]` in the next step."""
+        return dataclasses.replace(state, gamma=jnp.minimum(limit, self.gamma).astype(jnp.int32))
+
     def propose(
         self, params, state: DraftState, seq, cache, key, *, target_params, warp
     ) -> tuple[Proposal, DraftState]:
         """Draft up to gamma tokens, each from the draft's own warped law."""
-        key = key_streams.stream(key, Stream.DRAFT)
-        last = seq.length - 1
-        pair = jnp.stack([seq.token_at(jnp.maximum(last - 1, 0)), seq.root], 1)
-        positions = jnp.stack([last - 1, last], 1)
-        positions = jnp.where(seq.done[:, None], -1, jnp.maximum(positions, -1))
-        blocks = kv.new_blocks(state.cache, self.gamma + 1)
-        output, blocks = self.step(params, pair, positions, state.cache, blocks, 0)
-        tokens = jnp.zeros((pair.shape[0], self.gamma), jnp.int32)
-        law = _Law(self, params, warp, key)
-        token, q = law.next(output.hidden[:, 1:], tokens, 0)
-        tokens = tokens.at[:, 0].set(token)
+        rows = ~seq.done & (state.gamma > 0) if self.lazy else ~seq.done
+        own = draft_chain.catch_up(self.step, params, state.cache, seq, rows) if self.lazy else state.cache
+        logits, blocks = self._first(params, own, seq, rows)
+        law = Law.of(self.step, params, warp, key_streams.stream(key, Stream.DRAFT))
+        drafts = draft_chain.chain(
+            law, own, blocks, logits, at=2, last=jnp.where(rows, seq.length - 1, -1),
+            want=jnp.where(rows, state.gamma, 0), most=self.gamma, confidence=self.confidence,
+        )  # fmt: skip
+        state = dataclasses.replace(state, cache=own, blocks=drafts.blocks, ran=rows)
+        return Proposal.of_chain(drafts.tokens, drafts.valid, drafts.q_logp), state
 
-        def body(carry, i):
-            token, tokens, blocks = carry
-            at = jnp.where(seq.done, -1, last + i)[:, None]
-            output, blocks = self.step(params, token[:, None], at, state.cache, blocks, i + 1)
-            token, q = law.next(output.hidden, tokens, i)
-            return (token, tokens.at[:, i].set(token), blocks), q
+    def _first(self, params, cache: kv.Cache, seq: Sequence, rows: jax.Array) -> tuple[jax.Array, Any]:
+        """The logits [B, 1, V] after the rows' last two tokens, and the Blocks that hold these."""
+        tokens, positions = draft_chain.last_two(seq, rows)
 
-        (_, tokens, blocks), rest = jax.lax.scan(body, (token, tokens, blocks), jnp.arange(1, self.gamma))
-        q_logp = None if q is None or rest is None else jnp.concatenate([q[:, None], jnp.moveaxis(rest, 0, 1)], 1)
-        valid = jnp.arange(self.gamma)[None] < state.gamma[:, None]
-        return Proposal.of_chain(tokens, valid, q_logp), dataclasses.replace(state, blocks=blocks)
+        def run():
+            output, blocks = self.step(params, tokens, positions, cache, kv.new_blocks(cache, self.gamma + 1), 0)
+            return self.step.head(params, output.hidden[:, 1:]), blocks
+
+        if not self.lazy:
+            return run()
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
+        return jax.lax.cond(rows.any(), run, lambda: nothing)
 
     def observe(self, params, state: DraftState, seq, proposal, scored, verdict, n, cache) -> DraftState:
         """Commit what the target kept, so that the draft's cache is two tokens behind again."""
         first = (seq.length - n == 1) & (n > 0)  # a one-token prompt has no token before its root: that slot is empty
         path = jnp.arange(self.gamma + 1, dtype=jnp.int32)[None] + first[:, None]
         path = jnp.minimum(path, self.gamma)
-        return dataclasses.replace(state, cache=kv.commit(state.cache, state.blocks, path, n - first), blocks=None)
+        kept = jnp.where(state.ran, n - first, 0)
+        return DraftState(kv.commit(state.cache, state.blocks, path, kept), self._next_length(state, proposal, verdict))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Law:
-    """The draft's own choice of one token."""
-
-    drafter: DraftModel
-    params: Any
-    warp: Any
-    key: jax.Array
-
-    def next(self, hidden, tokens, i) -> tuple[jax.Array, jax.Array | None]:
-        """The token i32[B] after `hidden[B, 1, D]`, given the first `i` of `tokens i32[B, N]`, and its law [B, V]."""
-        logits = self.drafter.step.head(self.params, hidden)
-        depth = jnp.full((1, 1), i, jnp.int32)
-        slots = Slots(depth, tokens, jnp.arange(tokens.shape[1])[None, None] < i)
-        if not self.warp.sampled:
-            return first_max(self.warp.scores(logits, slots)[:, 0])[1], None
-        q = self.warp(logits, slots)[:, 0]
-        return draw(jnp.exp(q), key_streams.slot(self.key, i)), q
+    def _next_length(self, state: DraftState, proposal, verdict) -> jax.Array:
+        if not self.adaptive:
+            return state.gamma
+        proposed = proposal.valid.sum(1, dtype=jnp.int32)
+        whole = verdict.n_accepted >= proposed
+        gamma = jnp.where(whole, jnp.minimum(state.gamma + 2, self.gamma), jnp.maximum(state.gamma - 1, 1))
+        return jnp.where(proposed > 0, gamma, state.gamma)
