@@ -186,15 +186,15 @@ def advance(
 def advance_once(step: Step, params: Any, state: State, *, config: Config, draft_params: Any = None) -> State:
     """One step: at most `drafter.depth + 1` tokens for every row that is not done."""
     proposal, state = propose(params, state, config=config, draft_params=draft_params)
-    scored, blocks = score(step, params, state, proposal, config=config)
-    return settle(state, proposal, scored, blocks, config=config, draft_params=draft_params)
+    scored, blocks, verdict = _judge(step, params, state, proposal, config)
+    return settle(state, proposal, scored, blocks, verdict, config=config, draft_params=draft_params)
 
 
 def propose(params: Any, state: State, *, config: Config, draft_params: Any = None) -> tuple[Proposal, State]:
     """A step's first part: the drafts, and the state with what the drafter remembers of them.
 
-    The three parts make a step in one program (`advance_once`), or each a program of its own where the host has
-    something to say between them: it may change the drafts before `score`, and hand masks to `settle`.
+    The parts make a step in one program (`advance_once`), or several where the host has something to say between them:
+    it may change the drafts before `score`, and hand a grammar's masks to `verify`.
     """
     seq = state.seq
     key = key_streams.step_keys(seq.key, seq.length)
@@ -205,17 +205,35 @@ def propose(params: Any, state: State, *, config: Config, draft_params: Any = No
     return within_limit(proposal, seq), dataclasses.replace(state, drafter=pending)
 
 
-def score(step: Step, params: Any, state: State, proposal: Proposal, *, config: Config) -> tuple[Scored, Any]:
-    """A step's second part: the target over the root and the drafts. Reads the cache and leaves it as it is."""
+def score(
+    step: Step, params: Any, state: State, proposal: Proposal, *, config: Config, room: int | None = None
+) -> tuple[Scored, Any]:
+    """A step's second part: the target over the root and the drafts, in Blocks of `room` slots (None: as many as there
+    are). Reads the cache and leaves it as it is."""
     seq, slots = state.seq, slots_of(proposal)
     tokens = jnp.concatenate([seq.root[:, None], proposal.tokens], 1)
+    room = room or tokens.shape[1]
     positions = seq.length[:, None] - 1 + slots.depth
     live = jnp.concatenate([~seq.done[:, None], proposal.valid], 1)
     positions = jnp.where(live, positions, -1)
     mask = None if proposal.chain else visibility(slots)
-    blocks = kv.new_blocks(state.cache, tokens.shape[1])
+    if mask is not None and mask.shape[2] < room:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, room - mask.shape[2])))
+    blocks = kv.new_blocks(state.cache, room)
     output, blocks = step(params, tokens, positions, state.cache, blocks, 0, mask, taps=config.drafter.taps)
     return Scored(tokens, step.head(params, output.hidden), output), blocks
+
+
+def verify(
+    state: State, proposal: Proposal, scored: Scored, *, config: Config, masks: jax.Array | None = None
+) -> Verdict:
+    """A step's third part: warp and verify. `masks u32[B, R, ceil(V / 32)]`: the tokens that a grammar allows after
+    each slot, a bit each, lowest first (`sampling.Warp`)."""
+    seq, slots = state.seq, slots_of(proposal)
+    warp = Warp(state.sampling, state.features, seq, state.history, config.processors, masks)
+    verifier = config.verifier_for(state.features, chain=proposal.chain)
+    law = warp(scored.logits, slots) if verifier.reads == "logprobs" else warp.scores(scored.logits, slots)
+    return verifier.verify(law, proposal, key_streams.step_keys(seq.key, seq.length))
 
 
 def settle(
@@ -223,19 +241,13 @@ def settle(
     proposal: Proposal,
     scored: Scored,
     blocks: Any,
+    verdict: Verdict,
     *,
     config: Config,
     draft_params: Any = None,
-    masks: jax.Array | None = None,
 ) -> State:
-    """A step's last part: warp, verify, emit, commit, observe. `masks u32[B, R, ceil(V / 32)]`: the tokens that a
-    grammar allows after each slot, a bit each, lowest first (`sampling.Warp`)."""
-    seq, drafter, slots = state.seq, config.drafter, slots_of(proposal)
-    key = key_streams.step_keys(seq.key, seq.length)
-    warp = Warp(state.sampling, state.features, seq, state.history, config.processors, masks)
-    verifier = config.verifier_for(state.features, chain=proposal.chain)
-    law = warp(scored.logits, slots) if verifier.reads == "logprobs" else warp.scores(scored.logits, slots)
-    verdict = verifier.verify(law, proposal, key)
+    """A step's last part: emit, commit, observe."""
+    seq, drafter = state.seq, config.drafter
     new, emission = emit(seq, proposal, verdict, state.sampling.eos)
     # The kept count depends on the logits (they must be finite), so every read of the cache comes before this write
     # and XLA updates the buffers in place.
@@ -251,7 +263,7 @@ def settle(
         state.sampling,
         None if state.history is None else state.history.extend(emission.tokens, emission.n),
         logprobs,
-        _count(state.stats, seq, proposal, slots, verdict.n_accepted, emission.n),
+        _count(state.stats, seq, proposal, slots_of(proposal), verdict.n_accepted, emission.n),
         state.features,
     )
 
@@ -317,6 +329,43 @@ def check_prompts(tokens: jax.Array, lengths: jax.Array, capacity: int) -> None:
     bad = np.flatnonzero((found < 1) | (found > tokens.shape[1]))
     if bad.size:
         raise InputError(f"lengths[{bad[0]}]: got {found[bad[0]]}, accepts 1 to {tokens.shape[1]}")
+
+
+def _judge(step, params, state: State, proposal: Proposal, config: Config) -> tuple[Scored, Any, Verdict]:
+    """Score, warp, verify; at the smallest of the drafter's widths that holds every row's drafts."""
+    whole = proposal.tokens.shape[1]
+
+    def judge(part: Proposal):
+        scored, blocks = score(step, params, state, part, config=config, room=whole + 1)
+        return scored, blocks, verify(state, part, scored, config=config)
+
+    widths = sorted({n for n in config.drafter.widths if n < whole} | {whole})
+    if len(widths) == 1:
+        return judge(proposal)
+
+    def at(width: int):
+        scored, blocks, verdict = judge(proposal.leading(width))
+        scored = Scored(*(_lengthened(x, whole + 1) for x in (scored.tokens, scored.logits)),
+                        _lengthened_output(scored.output, whole + 1))  # fmt: skip
+        path = _lengthened(verdict.path, proposal.depth + 1, fill=-1)
+        return scored, blocks, dataclasses.replace(verdict, path=path)
+
+    used = jnp.where(proposal.valid, jnp.arange(1, whole + 1), 0).max()
+    which = (used > jnp.asarray(widths[:-1])).sum()
+    return jax.lax.switch(which, [functools.partial(at, width) for width in widths])
+
+
+def _lengthened(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
+    """`x[B, R, ...]` with axis 1 filled up to `size`."""
+    pad = [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, pad, constant_values=fill)
+
+
+def _lengthened_output(output: Any, size: int) -> Any:
+    if any(note is not None for note in notes_of(output) or ()):
+        raise ConfigError("a cache that takes notes needs a drafter without widths")
+    taps = tuple(_lengthened(x, size) for x in getattr(output, "taps", ()))
+    return dataclasses.replace(output, hidden=_lengthened(output.hidden, size), **({"taps": taps} if taps else {}))
 
 
 def within_limit(proposal: Proposal, seq: Sequence) -> Proposal:

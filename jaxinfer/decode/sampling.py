@@ -1,9 +1,10 @@
 """From logits to the law of the next token: the rows' sampling parameters, and the warp that applies them.
 
 Order: logit bias and bans, repetition penalty, presence and frequency penalties, the ban on end tokens before
-`min_tokens`, forced tokens, the caller's processors; then temperature, top-k, top-p, min-p, as Hugging Face does.
-Temperature 0 is the argmax as a one-hot law, ties to the lowest id. Top-p keeps the token that crosses p. Tokens tied
-with the last one that top-k or top-p keeps are kept too, so a filter never depends on an order of equals.
+`min_tokens`, forced tokens, the caller's processors, a grammar's masks; then temperature, top-k, top-p, min-p, as
+Hugging Face does. Temperature 0 is the argmax as a one-hot law, ties to the lowest id. Top-p keeps the token that
+crosses p. Tokens tied with the last one that top-k or top-p keeps are kept too, so a filter never depends on an order
+of equals.
 
 The repetition penalty (CTRL, Keskar et al. 2019, arXiv:1909.05858) counts prompt and output; the presence and
 frequency penalties (OpenAI) the output only; all count the drafts on a slot's own path, so speculation changes nothing.
@@ -200,13 +201,17 @@ def _count(counts: jax.Array, tokens: jax.Array, live: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Warp:
-    """The target's rule from logits to the next token's law, for the rows of one step. Built anew inside each step."""
+    """The target's rule from logits to the next token's law, for the rows of one step. Built anew inside each step.
+
+    `masks u32[B, R, ceil(V / 32)]`: tokens that a grammar allows after each slot, a bit each, lowest first.
+    """
 
     sampling: Sampling
     features: Features
     seq: Sequence
     history: History | None = None
     processors: tuple[Processor, ...] = ()
+    masks: jax.Array | None = None
 
     @property
     def sampled(self) -> bool:
@@ -224,6 +229,8 @@ class Warp:
             x = self._penalise(x, slots, ids)
         if f.min_tokens:
             early = index < s.min_tokens[:, None]
+            if self.masks is not None:
+                early &= self._may_go_on(ids)
             for i in range(s.eos.shape[1]):
                 x = jnp.where(early[..., None] & (ids == s.eos[:, i, None, None]), -jnp.inf, x)
         if f.forced and s.forced.shape[1]:
@@ -233,7 +240,7 @@ class Warp:
             x = jnp.where(wanted < 0, x, jnp.where(ids == wanted, 0.0, -jnp.inf))
         for processor in self.processors:
             x = processor(x, self.seq, slots)
-        return x
+        return x if self.masks is None else jnp.where(self._allowed(x.shape[-1]), x, -jnp.inf)
 
     def __call__(self, logits: jax.Array, slots: Slots) -> jax.Array:
         """The normalised log-law f32[B, R, V] of each slot's next token."""
@@ -253,6 +260,18 @@ class Warp:
         if f.min_p:
             x = jnp.where(x >= jnp.log(s.min_p)[:, None, None], x, -jnp.inf)
         return jnp.where(cold, greedy, x - jnp.log(jnp.exp(x).sum(-1, keepdims=True)))
+
+    def _allowed(self, vocab: int) -> jax.Array:
+        """The grammar's masks as bool[B, R, V]."""
+        words = self.masks[..., None] >> jnp.arange(32, dtype=jnp.uint32)
+        return (words & 1).reshape(*words.shape[:2], -1)[..., :vocab] > 0
+
+    def _may_go_on(self, ids: jax.Array) -> jax.Array:
+        """Where the grammar allows a token that is no end token, bool[B, R]: elsewhere the answer has to end."""
+        goes_on = self._allowed(ids.shape[-1])
+        for i in range(self.sampling.eos.shape[1]):
+            goes_on &= ids != self.sampling.eos[:, i, None, None]
+        return goes_on.any(-1)
 
     def _bias(self, vocab: int) -> jax.Array:
         s = self.sampling
