@@ -43,6 +43,24 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Dumitru et al.", 2025, "2502.08923"),
         cli="--drafter copyspec",
     ),
+    Method(
+        name="bild",
+        family="drafter",
+        title="a small model writes while it is sure; the large one takes back what surprises it",
+        guarantee="approximate",
+        entry="jaxinfer.decode.bild:Bild",
+        paper=Paper("Kim et al.", 2023, "2302.07863"),
+        cli="--drafter bild",
+    ),
+    Method(
+        name="pearl",
+        family="drafter",
+        title="a small model drafts the next block while the target reads the last one",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.pearl:Pearl",
+        paper=Paper("Liu et al.", 2024, "2408.11850"),
+        cli="--drafter pearl",
+    ),
     # What decides which proposals stay.
     Method(
         name="greedy",
@@ -75,6 +93,14 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.decode.typical:Typical",
         paper=Paper("Cai et al.", 2024, "2401.10774"),
+    ),
+    Method(
+        name="rollback",
+        family="verifier",
+        title="keeps drafts up to the first that surprises the target by more than a threshold",
+        guarantee="approximate",
+        entry="jaxinfer.decode.bild:Rollback",
+        paper=Paper("Kim et al.", 2023, "2302.07863"),
     ),
     # How a token is chosen.
     Method(

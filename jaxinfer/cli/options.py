@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "A checkpoint directory, a packaged model, or owner/name in the local Hub cache."
 Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 DraftModel = Annotated[
-    str | None, typer.Option("--draft-model", help="A smaller model of the same vocabulary, for --drafter draft.")
+    str | None, typer.Option("--draft-model", help="A smaller model of the same vocabulary, for --drafter draft and its kin.")
 ]
 Weights = Annotated[
     str,
@@ -77,6 +77,8 @@ DRAFTERS = Registry(
         "draft": "jaxinfer.decode.draft_model:DraftModel",
         "prompt-lookup": "jaxinfer.decode.prompt_lookup:PromptLookup",
         "copyspec": "jaxinfer.decode.copyspec:CopySpec",
+        "bild": "jaxinfer.decode.bild:Bild",
+        "pearl": "jaxinfer.decode.pearl:Pearl",
     },
 )
 # Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.
@@ -146,13 +148,19 @@ def load(model: str, chosen: Format, *, max_length: int | None, draft_model: str
 
 
 def draft_for(model: str, draft_model: str | None, drafters: str | None) -> str | None:
-    """Which draft model to load: the one named; for `draft` with the packaged model, its packaged draft."""
-    wants = drafters is not None and any(name.partition(":")[0] == "draft" for name in drafters.split(","))
-    if draft_model is not None or not wants:
+    """Which draft model to load: the one named; for a drafter that runs one beside the packaged model, its packaged
+    draft."""
+    names = [] if drafters is None else [name.partition(":")[0] for name in drafters.split(",")]
+    wants = next((name for name in names if name in DRAFTERS.entries and _runs_a_model(DRAFTERS.kind(name))), None)
+    if draft_model is not None or wants is None:
         return draft_model
     if model == "tinycode":
         return "tinycode-draft"
-    raise InputError(f"--drafter draft: got no --draft-model; accepted: a smaller model of {model}'s vocabulary")
+    raise InputError(f"--drafter {wants}: got no --draft-model; accepted: a smaller model of {model}'s vocabulary")
+
+
+def _runs_a_model(kind: type) -> bool:
+    return any(field.name == "step" for field in dataclasses.fields(kind))
 
 
 def drafter_step(text: str | None, draft_step: Step | None) -> Any:

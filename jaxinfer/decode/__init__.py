@@ -5,11 +5,13 @@ Stability: experimental.
 
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
+from jaxinfer.decode.bild import Bild, Rollback
 from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
+from jaxinfer.decode.pearl import Pearl
 from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.stream import Update, stream
@@ -22,16 +24,19 @@ __all__ = [
     "Autoregressive",
     "BeamConfig",
     "BeamResult",
+    "Bild",
     "Chain",
     "Config",
     "CopySpec",
     "DraftModel",
     "Features",
     "Greedy",
+    "Pearl",
     "PromptLookup",
     "Proposal",
     "Reason",
     "Result",
+    "Rollback",
     "Sampling",
     "State",
     "Stats",
