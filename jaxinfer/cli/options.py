@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "A checkpoint directory, a packaged model, or owner/name in the local Hub cache."
 Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 DraftModel = Annotated[
-    str | None, typer.Option("--draft-model", help="A smaller model of the same vocabulary, for --drafter draft and its kin.")
+    str | None, typer.Option("--draft-model", help="A smaller model of the same vocabulary, for drafters that run one.")
 ]
 Weights = Annotated[
     str,
