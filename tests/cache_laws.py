@@ -280,6 +280,8 @@ def attend_is_naive_attention_over_the_view(case: Case):
         view = spec.dense_view(state, positions)
         own = positions[:, None, :, None] - positions[:, None, None]
         seen = (own >= 0) & (positions >= 0)[:, None, None]
+        heads = view.distance.shape[1]  # heads may keep different tokens
+        own, seen = (jnp.broadcast_to(x, (ROWS, heads, NARROW, NARROW)) for x in (own, seen))
         oracle = ops.attend_naive(
             spec.attention,
             q,

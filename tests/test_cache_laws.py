@@ -67,10 +67,13 @@ def row(name: str, position: str) -> Case:
         case "int8":
             ample = kv.Int8(layer, 2 * TOKENS + GROUP + 1, GROUP, 2 * TOKENS)
             return Case(kv.Int8(layer, TOKENS, GROUP, LAG), ample, codes=read_as_codes)
+        case "retrieval":  # not made from a prompt: its ring; tests/test_cache_retrieval.py has the rest
+            ample = kv.Retrieval(layer, 8, 4, TOKENS)
+            return Case(kv.Retrieval(layer, 8, 4, WINDOW - 1), ample, functools.partial(laws.within, WINDOW))
     raise KeyError(name)
 
 
-NAMES = ("dense", "ring", "sink", "int8")
+NAMES = ("dense", "ring", "sink", "int8", "retrieval")
 CASES = {f"{name}, {position}": row(name, position) for name in NAMES for position in POSITIONS}
 ROTARY = {name: case for name, case in CASES.items() if name.endswith("rope")}
 

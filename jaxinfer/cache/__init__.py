@@ -18,6 +18,7 @@ from jaxinfer.cache.base import (
 )
 from jaxinfer.cache.dense import Dense, ring
 from jaxinfer.cache.int8 import Int8, Int8Cache
+from jaxinfer.cache.retrieval import Retrieval
 from jaxinfer.cache.sink import Sink, SinkCache
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Dense",
     "Int8",
     "Int8Cache",
+    "Retrieval",
     "Sink",
     "SinkCache",
     "Spec",

@@ -61,6 +61,15 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Liu et al.", 2024, "2408.11850"),
         cli="--drafter pearl",
     ),
+    Method(
+        name="triforce",
+        family="drafter",
+        title="a small model drafts for the target over a retrieval cache, and that for the whole cache",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.triforce:TriForce",
+        paper=Paper("Sun et al.", 2024, "2404.11912"),
+        cli="--drafter triforce",
+    ),
     # What decides which proposals stay.
     Method(
         name="greedy",

@@ -41,6 +41,14 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Liu et al.", 2024, "2402.02750"),
         cli="--cache int8",
     ),
+    Method(
+        name="retrieval-cache",
+        family="cache",
+        title="the chunks of a prompt that its last token attends to most, and the last tokens after it",
+        guarantee="approximate",
+        entry="jaxinfer.cache.retrieval:Retrieval",
+        paper=Paper("Sun et al.", 2024, "2404.11912"),
+    ),
     # What a weight is.
     Method(
         name="int8",

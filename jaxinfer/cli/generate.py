@@ -61,7 +61,7 @@ def generate(
         raise InputError("generate: accepted: either --prompt or --input")
     draft_model = options.draft_for(model, draft_model, drafter)
     drafter = drafter or ("plain" if draft_model is None else "draft")
-    options.DRAFTERS.parse(drafter, step=None)  # told before anything is loaded
+    options.DRAFTERS.parse(drafter, step=None, target=None)  # told before anything is loaded
     if prompt is not None:
         from jaxinfer.cli import one
 

@@ -128,7 +128,7 @@ def run(asked: Asked) -> int:
     plan = plan_of(asked)
     compiled.use_cache()
     compiled.announce()
-    width = options.drafter_step(asked.drafter, plan.draft_step).width + 1
+    width = options.drafter_step(asked.drafter, plan.draft_step, plan.step).width + 1
     with progress_bar("reading rows") as tell:
         job = open_job(
             asked.output, asked.inputs, fingerprint=identity.fingerprint(asked, plan), defaults=asked.sampling,

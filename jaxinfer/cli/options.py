@@ -79,6 +79,7 @@ DRAFTERS = Registry(
         "copyspec": "jaxinfer.decode.copyspec:CopySpec",
         "bild": "jaxinfer.decode.bild:Bild",
         "pearl": "jaxinfer.decode.pearl:Pearl",
+        "triforce": "jaxinfer.decode.triforce:TriForce",
     },
 )
 # Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.
@@ -163,12 +164,12 @@ def _runs_a_model(kind: type) -> bool:
     return any(field.name == "step" for field in dataclasses.fields(kind))
 
 
-def drafter_step(text: str | None, draft_step: Step | None) -> Any:
-    """The drafter of `--drafter`, drafting with `draft_step`; plain without one."""
-    return DRAFTERS.parse(text or "plain", step=draft_step)
+def drafter_step(text: str | None, draft_step: Step | None, target_step: Step | None = None) -> Any:
+    """The drafter of `--drafter`, drafting with `draft_step` for `target_step`; plain without one."""
+    return DRAFTERS.parse(text or "plain", step=draft_step, target=target_step)
 
 
 def drafter_of(text: str | None, lm: LanguageModel) -> Any:
     """The same for a loaded model; by default its draft model drafts, where it has one."""
     draft_step = None if lm.draft is None else lm.draft.step
-    return drafter_step(text or ("plain" if draft_step is None else "draft"), draft_step)
+    return drafter_step(text or ("plain" if draft_step is None else "draft"), draft_step, lm.step)

@@ -60,7 +60,7 @@ def parse(name: str) -> Method:
     """One method. InputError lists what is accepted, before any weight is loaded."""
     word = name.partition(":")[0]
     if word in options.DRAFTERS.entries:
-        METHODS.parse(name, step=None)
+        METHODS.parse(name, step=None, target=None)
         return Method(name, lambda lm: (lm, options.drafter_of(name, lm)))
     spec = METHODS.parse(name)
     plain = options.DRAFTERS.parse("plain")

@@ -15,6 +15,7 @@ from jaxinfer.decode.pearl import Pearl
 from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.stream import Update, stream
+from jaxinfer.decode.triforce import TriForce
 from jaxinfer.decode.types import Proposal, Reason, Stats, Verdict
 from jaxinfer.decode.typical import Typical
 from jaxinfer.decode.verify import Chain, Greedy
@@ -41,6 +42,7 @@ __all__ = [
     "State",
     "Stats",
     "Tree",
+    "TriForce",
     "Typical",
     "Update",
     "Verdict",
