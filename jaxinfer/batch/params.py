@@ -18,6 +18,7 @@ from jaxinfer.errors import InputError
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LIST = 1024
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 class Unacceptable(Exception):
@@ -162,6 +163,59 @@ class Bias:
         return tuple(sorted(pairs.items()))
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text that is not empty."""
+
+    accepts: str
+    longest: int = 2**20
+
+    def parse(self, value: Any) -> str:
+        if not isinstance(value, str) or not 1 <= len(value) <= self.longest or not is_text(value):
+            raise Unacceptable
+        return value
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON Schema, decoded or as text; its canonical form is JSON text with the keys in their order."""
+
+    accepts: str = "a JSON Schema: an object, true, or their text"
+    longest: int = 2**22
+
+    def parse(self, value: Any) -> str:
+        try:
+            schema = json.loads(value) if isinstance(value, str) else value
+            text = json.dumps(schema) if isinstance(schema, Mapping | bool) else ""
+        except (ValueError, TypeError, RecursionError):
+            raise Unacceptable from None
+        if not 1 <= len(text) <= self.longest:
+            raise Unacceptable
+        return text
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """What OpenAI's interface calls `response_format`; its canonical form is () or one schema's text in a tuple."""
+
+    accepts: str = 'an object of type "text", "json_object", or "json_schema" with {"json_schema": {"schema": ...}}'
+
+    def parse(self, value: Any) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        given = value if isinstance(value, Mapping) else {}
+        if given == {"type": "text"}:
+            return ()
+        if given == {"type": "json_object"}:
+            return (Schema().parse({"type": "object"}),)
+        inner = given.get("json_schema")
+        if given.keys() != {"type", "json_schema"} or given["type"] != "json_schema" or not isinstance(inner, Mapping):
+            raise Unacceptable
+        if "schema" not in inner or inner.keys() - {"name", "description", "schema", "strict"}:
+            raise Unacceptable
+        return (Schema().parse(inner["schema"]),)
+
+
 def _param(default: Any, kind: Kind, text: str, *, aliases: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"kind": kind, "help": text, "aliases": aliases})
 
@@ -187,6 +241,17 @@ class SamplingParams:
     stop: tuple[str, ...] = _param((), Strings(), "Texts that end the answer; they are cut from it.")
     stop_token_ids: tuple[int, ...] = _param((), TokenIds(64), "Token ids that end the answer, beside the model's own.")
     ignore_eos: bool = _param(False, Flag(), "Go on past the model's end-of-text tokens.")
+    json_schema: str | None = _param(
+        None, Schema(), "The answer is a JSON document of this schema.", aliases=("guided_json",)
+    )
+    regex: str | None = _param(
+        None, Text("a regular expression"), "The answer matches this, from end to end.", aliases=("guided_regex",)
+    )
+    grammar: str | None = _param(
+        None, Text("a grammar's text"), "The answer follows this grammar (Lark's notation, from the rule start).",
+        aliases=("guided_grammar",),
+    )  # fmt: skip
+    response_format: tuple[str, ...] | None = _param(None, ResponseFormat(), "json_schema as OpenAI spells it.")
     n: int = _param(1, Int(1, 1024), "Answers for each prompt.")
     logprobs: int | None = _param(
         None, Count(20), "Log-probabilities: true for the answered tokens, a number for that many likeliest as well."
@@ -207,10 +272,30 @@ class SamplingParams:
                 raise InputError("top_logprobs: got it without logprobs; accepted: together with logprobs true")
             object.__setattr__(self, "logprobs", max(self.logprobs, self.top_logprobs))
             object.__setattr__(self, "top_logprobs", None)
+        if self.response_format is not None:
+            if self.response_format:
+                if self.json_schema not in (None, *self.response_format):
+                    raise InputError("response_format: got it beside another json_schema; accepted: one of the two")
+                object.__setattr__(self, "json_schema", self.response_format[0])
+            object.__setattr__(self, "response_format", None)
+        self._check_constraint()
         if self.min_tokens > self.max_tokens:
             raise InputError(f"min_tokens: got {self.min_tokens}; accepted: at most max_tokens ({self.max_tokens})")
         if self.echo and self.logprobs is not None:
             raise InputError("echo: got it with logprobs; accepted: one of the two")
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """Which of `json_schema`, `regex` and `grammar` is given, and its text."""
+        given = [(name, getattr(self, name)) for name in CONSTRAINTS if getattr(self, name) is not None]
+        return given[0] if given else None
+
+    def _check_constraint(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"{given[1]}: got it beside {given[0]}; accepted: one of the two")
+        if given and self.ignore_eos:
+            raise InputError(f"ignore_eos: got it with {given[0]}, which says where the answer ends; accepted: false")
 
     def from_json(self, values: Mapping[str, Any]) -> "SamplingParams":
         """These parameters with the JSON `values` of one row put over them; null means "as the default".
@@ -272,7 +357,8 @@ NAMES: Mapping[str, Parameter] = {name: p for p in TABLE for name in (p.name, *p
 
 @dataclass(frozen=True)
 class Option:
-    """A command-line option: `type` is int, float, bool or str; a `multiple` option may be given several times."""
+    """A command-line option: `type` is int, float, bool or str; a `multiple` option may be given several times; a
+    `file` option names the file that holds its value."""
 
     name: str
     flag: str
@@ -280,19 +366,26 @@ class Option:
     multiple: bool
     default: Any
     help: str
+    file: bool = False
 
 
 def options() -> tuple[Option, ...]:
     """Every parameter as a command-line option, with its range and default in the help text."""
     out = []
+    kinds = {Int: int, Count: int, Float: float, Flag: bool, Strings: str, TokenIds: int, Bias: str}
+    kinds |= {Text: str, Schema: str}
     for p in TABLE:
-        kinds = {Int: int, Count: int, Float: float, Flag: bool, Strings: str, TokenIds: int, Bias: str}
+        if isinstance(p.kind, ResponseFormat):
+            continue  # a row's way to say json_schema
         multiple = isinstance(p.kind, Strings | TokenIds)
         accepts = "a JSON object like '{\"42\": -5}'" if isinstance(p.kind, Bias) else p.accepts
         default = "" if p.default in (None, ()) or isinstance(p.kind, Flag) else f"; default {p.default:g}"
         once = " Give it again for more." if multiple else ""
         accepts = "" if isinstance(p.kind, Flag) else f" ({accepts}{default})"
-        out.append(Option(p.name, p.flag, kinds[type(p.kind)], multiple, p.default, f"{p.help}{once}{accepts}"))
+        file = p.name in ("json_schema", "grammar")
+        accepts = " (a file)" if file else accepts
+        text = f"{p.help}{once}{accepts}"
+        out.append(Option(p.name, p.flag, kinds[type(p.kind)], multiple, p.default, text, file))
     return tuple(out)
 
 

@@ -65,16 +65,23 @@ class Codec(Protocol):
         """Text of `ids`, special tokens left out."""
         ...
 
+    def matcher(self, kind: str, text: str) -> Any:
+        """A matcher of a grammar (`decode.grammar.Matcher`); InputError where it cannot be honoured. Asked for where
+        `Limits.grammars`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What an executable has room for: tokens of prompt and answer together, and entries of the per-row lists."""
+    """What an executable has room for: tokens of prompt and answer together, entries of the per-row lists, and whether
+    it decodes under grammars."""
 
     max_length: int
     bias: int
     forced: int
     stop_ids: int
     top_logprobs: int
+    grammars: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,8 +194,19 @@ def _prepare(request: Request, codec: Codec, limits: Limits) -> Prepared:
     ):
         if got > room:
             raise InputError(f"{name}: got {got} entries; accepted: at most {room} in this job")
+    if params.constraint is not None:
+        _check_constraint(params, codec, limits)
     limit = min(params.max_tokens, limits.max_length - len(tokens))
     return Prepared(request, tokens, limit, bias, params.forced_tokens, stop_ids)
+
+
+def _check_constraint(params: SamplingParams, codec: Codec, limits: Limits) -> None:
+    """Compiles the row's grammar, so that what it cannot honour is told before anything runs."""
+    kind, text = params.constraint or ("", "")
+    if not limits.grammars:
+        raise InputError(f"{kind}: got one; accepted: none in a batch job, whose rows share their steps on the device")
+    if not codec.matcher(kind, text).begins(params.forced_tokens):
+        raise InputError(f"forced_tokens: got tokens that the {kind} forbids; accepted: a beginning that it allows")
 
 
 def _banned(words: Sequence[str], codec: Codec) -> list[int]:

@@ -131,6 +131,15 @@ METHODS: tuple[Method, ...] = (
         cli="--min-p",
     ),
     Method(
+        name="grammar",
+        family="sampling",
+        title="answers held to a JSON Schema, a regular expression or a grammar, token by token",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.grammar:Grammar",
+        paper=Paper("Willard, Louf", 2023, "2307.09702"),
+        cli="--json-schema, --regex, --grammar",
+    ),
+    Method(
         name="beam",
         family="sampling",
         title="the best-scored of several continuations kept side by side",

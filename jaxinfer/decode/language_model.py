@@ -10,6 +10,7 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from jaxinfer.checkpoint.chat import ChatTemplate
 from jaxinfer.checkpoint.tokenizer import Tokenizer
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.draft_model import DraftModel
+from jaxinfer.decode.grammar import Grammar, Matcher, Vocabulary
 from jaxinfer.decode.loop import Result
 from jaxinfer.decode.run import Answer, Completion, Run, bucket
 from jaxinfer.decode.types import Drafter, Reason
@@ -54,6 +56,16 @@ class TextCodec:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     vocab_size: int
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What grammars are matched against."""
+        size = max(self.vocab_size, self.tokenizer.vocab_size)
+        return Vocabulary(self.tokenizer.backend.to_str(), size, self.eos_ids)
+
+    def matcher(self, kind: str, text: str) -> Matcher:
+        """A matcher of `json_schema`, `regex` or `grammar`; InputError where it cannot be honoured."""
+        return self.vocabulary.matcher(Grammar(kind, text))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -101,7 +113,7 @@ class LanguageModel:
         """The model's configuration."""
         return self.step.config
 
-    @property
+    @functools.cached_property
     def codec(self) -> TextCodec:
         """Text to ids and back, as a batch job needs it."""
         return TextCodec(self.tokenizer, self.template, self.step.vocab_size)
@@ -109,7 +121,7 @@ class LanguageModel:
     @property
     def limits(self) -> Limits:
         """How much one row can ask for."""
-        return Limits(self.config.max_length, bias=4096, forced=1024, stop_ids=128, top_logprobs=20)
+        return Limits(self.config.max_length, bias=4096, forced=1024, stop_ids=128, top_logprobs=20, grammars=True)
 
     def encode(self, texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
         """(tokens i32[B, P], lengths i32[B]) for the pure functions; P is a power of two, so that shapes repeat."""
@@ -140,7 +152,8 @@ class LanguageModel:
     ) -> Any:
         """The Completion of a prompt (text, or a conversation as a list of messages); a list of them for a list.
 
-        `sampling`: any field of `batch.params.SamplingParams` (`max_tokens=64`, `temperature=0.8`, `stop=["\\n"]`).
+        `sampling`: any field of `batch.params.SamplingParams` (`max_tokens=64`, `temperature=0.8`, `stop=["\\n"]`,
+        `json_schema={...}`).
         With `n` above 1 each prompt has a list of n Completions. `drafter` (with its `draft_params`) makes several
         tokens a forward; by default it is the draft model, where there is one. A row's draws depend on `seed`, its
         place in the list and the number of the sample. Many prompts go in groups of `batch_size` rows; for a large
@@ -157,7 +170,7 @@ class LanguageModel:
             chosen = order[first : first + groups]
             run = Run(
                 self.step, self.params, [rows[i] for i in chosen], chosen,
-                seed=seed, drafter=drafter, draft_params=draft_params,
+                seed=seed, drafter=drafter, draft_params=draft_params, codec=self.codec,
             )  # fmt: skip
             answers = [Answer(rows[i], self.codec) for i in chosen for _ in range(params.n)]
             while not run.done:
@@ -194,7 +207,9 @@ class LanguageModel:
         return self.generate(messages, **options)
 
     def _stream(self, rows, seed, drafter, draft_params, on_finish) -> Iterator[str]:
-        run = Run(self.step, self.params, rows, [0], seed=seed, drafter=drafter, draft_params=draft_params)
+        run = Run(
+            self.step, self.params, rows, [0], seed=seed, drafter=drafter, draft_params=draft_params, codec=self.codec
+        )
         answer, steps = Answer(rows[0], self.codec), 1
         while not run.done:
             begun = time.monotonic()

@@ -21,6 +21,7 @@ from jaxinfer.batch.requests import Codec, Prepared
 from jaxinfer.decode import loop
 from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
+from jaxinfer.decode.constrained import Constrained
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.text import CutText
 from jaxinfer.decode.types import Drafter, Reason, Step
@@ -137,6 +138,7 @@ class Run:
         seed: int,
         drafter: Drafter,
         draft_params: Any = None,
+        codec: Codec | None = None,
     ):
         self.step, self.params, self.draft_params = step, params, draft_params
         self.rows = rows
@@ -158,11 +160,19 @@ class Run:
             sampling=sampling, row_ids=jnp.asarray([*row_ids, *[0] * (batch - len(rows))], jnp.int32),
             draft_params=draft_params,
         )  # fmt: skip
+        self._constrained = None
+        if ask.constraint is not None and codec is not None:
+            matchers = [codec.matcher(*ask.constraint) for _ in range(len(rows) * ask.n)]
+            matchers += [None] * (batch * ask.n - len(matchers))  # rows that only fill the bucket
+            self._constrained = Constrained(step, params, matchers, config=self.config, draft_params=draft_params)
         self._seen = np.repeat(lengths, ask.n)
         self.done = False
 
     def advance(self, steps: int) -> None:
         """Up to `steps` model steps."""
+        if self._constrained is not None:
+            self.state = self._constrained.advance(self.state, steps)
+            return
         self.state = _advance(
             self.step, self.params, self.state, config=self.config, steps=steps, draft_params=self.draft_params
         )
