@@ -1,9 +1,9 @@
 """Decode attention: a few queries of each row against a long cache, read as it is kept, only as far as it is live.
 
-The split over workers is LeanAttention's (Sanovar et al. 2024, arXiv 2405.10480: equal work whatever the lengths in the
+The split over cores is LeanAttention's (Sanovar et al. 2024, arXiv 2405.10480: equal work whatever the lengths in the
 batch). `unified_max` is FlashDecoding++ (Hong et al. 2023, arXiv 2311.01282): a constant stands in for the maximum of
-the scores, so that blocks need no rescaling; where a row's sum leaves the safe range the whole call is computed again
-with true maxima, so that the result is exact either way.
+the scores, so that blocks need no rescaling; where a sum leaves the safe range the call is computed again with true
+maxima, so that the result is exact either way.
 
 Stability: experimental.
 """
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxinfer.pallas_kernels._core import check
@@ -25,6 +23,7 @@ from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.attention.decode import blocked, gpu, ref, tpu
 from jaxinfer.pallas_kernels.attention.decode.call import Call, Store, cuts_groups
 from jaxinfer.pallas_kernels.attention.decode.codes import BITS, Codes
+from jaxinfer.pallas_kernels.attention.decode.options import Options, checked_lengths, checked_slopes
 
 # A sum of exp(score - unified_max) within exp(+-60) has neither overflowed nor lost any term that matters in float32.
 SAFE = 60.0
@@ -68,7 +67,8 @@ def decode(
     `transposed`: the keys are `[B, G, d, C]`. `k` and `v` are arrays of one dtype, or `Codes` each of its own layout.
 
     `unified_max`: FlashDecoding++'s constant, near the largest scores; the result stays exact. `invariant`: a row's
-    bits do not depend on the other rows, at the price of an uneven split. `block`: tokens of the cache at a time.
+    bits do not depend on what the other rows are or how long; the price is a split on GPU that is equal but for pieces
+    of 8 blocks, and on CPU that a float32 cache is never read at once. `block`: tokens of the cache at a time.
     Differentiable in q, k, v, scales, offsets and slopes. `impl`: "blocked", "tpu", "gpu" or "ref";
     `interpret` runs a named "tpu" or "gpu" form on any machine.
 
@@ -76,57 +76,39 @@ def decode(
     UnsupportedError where the form named by `impl` cannot serve.
     """
     check.shapes("decode", q=(q, "B H T d"))
-    sizes = _sizes(q, k, v, transposed)
+    options = Options(scale, window, softcap, transposed, invariant, impl, block, interpret, unified_max)
+    return attend("decode", q, k, v, lengths, positions, alibi, options)
+
+
+def attend(op: str, q, k, v, lengths, positions, alibi, options: Options) -> tuple[jax.Array, jax.Array]:
+    """`decode` for an op that is made of it, and by whose name arguments are refused."""
+    sizes = _sizes(op, q, k, v, options.transposed)
     batch, heads, groups, capacity = (sizes[n] for n in "BHGC")
     if heads % groups:
-        raise argument_error("decode", "q", f"{heads} heads", f"a multiple of the cache's {groups}")
-    check.dtypes("decode", q=q)
+        raise argument_error(op, "q", f"{heads} heads", f"a multiple of the cache's {groups}")
+    check.dtypes(op, q=q)
     if not isinstance(k, Codes) and not isinstance(v, Codes):
-        check.dtypes("decode", k=k, v=v)
-    options = check_options("decode", sizes["d"], scale, window, softcap, unified_max)
-    check.positive("decode", block=block)
-    if lengths is None:
-        lengths = jnp.full(batch, capacity, jnp.int32)
-    check.shapes("decode", lengths=(lengths, str(batch)))
-    check.integers("decode", lengths=lengths)
-    check.within("decode", 0, capacity, lengths=lengths)
-    lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, capacity)
+        check.dtypes(op, k=k, v=v)
+    options = options.checked(op, sizes["d"])
+    lengths = checked_lengths(op, "lengths", lengths, batch, capacity)
     if positions is None:
         positions = newest(lengths, sizes["T"])
-    check.shapes("decode", positions=(positions, f"{batch} {sizes['T']}"))
-    check.integers("decode", positions=positions)
-    if alibi is not None:
-        check.shapes("decode", alibi=(alibi, str(heads)))
-        alibi = jnp.asarray(alibi, jnp.float32)
+    check.shapes(op, positions=(positions, f"{batch} {sizes['T']}"))
+    check.integers(op, positions=positions)
+    slopes = checked_slopes(op, alibi, heads)
     call = Call(
         batch=batch, heads=heads, groups=groups, queries=sizes["T"], capacity=capacity, dim=sizes["d"],
-        dtype=str(q.dtype), keys=_store("k", k, sizes, transposed), values=_store("v", v, sizes, False),
-        transposed=transposed, alibi=alibi is not None, invariant=invariant, block=block, interpret=interpret,
-        **options,
+        dtype=str(q.dtype), keys=_store(op, "k", k, sizes, options.transposed), values=_store(op, "v", v, sizes, False),
+        alibi=alibi is not None, **options.of_call(),
     )  # fmt: skip
-    if block is not None and (reason := cuts_groups(call, block)):
-        raise argument_error("decode", "block", block, f"blocks that fit the codes: {reason}")
-    return _decode(call, impl, q, k, v, lengths, jnp.asarray(positions, jnp.int32), alibi)
+    if options.block is not None and (reason := cuts_groups(call, options.block)):
+        raise argument_error(op, "block", options.block, f"blocks that fit the codes: {reason}")
+    return _decode(call, options.impl, q, k, v, lengths, jnp.asarray(positions, jnp.int32), slopes)
 
 
 def newest(lengths: jax.Array, queries: int) -> jax.Array:
     """The positions `i32[B, T]` of the newest T of `lengths` tokens; negative where there are fewer."""
     return lengths[:, None] - queries + jnp.arange(queries, dtype=jnp.int32)
-
-
-def check_options(op: str, dim: int, scale, window, softcap, unified_max) -> dict:
-    """The options of a score, checked, as Call takes them."""
-    check.positive(op, window=window)
-    for name, got, low in (("scale", scale, None), ("softcap", softcap, 0.0), ("unified_max", unified_max, None)):
-        number = isinstance(got, int | float | np.floating) and math.isfinite(got)
-        if got is not None and not (number and (low is None or got > low)):
-            raise argument_error(op, name, repr(got), "a finite number" + ("" if low is None else f" over {low}"))
-    return {
-        "scale": dim**-0.5 if scale is None else float(scale),
-        "window": window,
-        "softcap": None if softcap is None else float(softcap),
-        "unified_max": None if unified_max is None else float(unified_max),
-    }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -136,12 +118,14 @@ def _decode(call: Call, impl: str | None, q, k, v, lengths, positions, slopes):
     if call.unified_max is None:
         return out, lse
     exact = dataclasses.replace(call, unified_max=None)
-    return lax.cond(
-        jnp.all(in_range(call, lse, lengths, positions)),
-        lambda *_: (out, lse),
-        lambda *arrays: dispatch("decode", FORMS, exact, *arrays, impl=impl),
-        *arrays,
-    )
+    served = in_range(call, lse, lengths, positions)
+
+    def again(*arrays):
+        # Only queries that were not served change: what a row gets does not depend on the others' need.
+        true_out, true_lse = dispatch("decode", FORMS, exact, *arrays, impl=impl)
+        return jnp.where(served[..., None], out, true_out), jnp.where(served, lse, true_lse)
+
+    return lax.cond(jnp.all(served), lambda *_: (out, lse), again, *arrays)
 
 
 def _forward(call: Call, impl: str | None, *arrays):
@@ -166,19 +150,19 @@ def in_range(call: Call, lse: jax.Array, lengths: jax.Array, positions: jax.Arra
     return (jnp.abs(lse - call.unified_max) <= SAFE) | empty[:, None]
 
 
-def _sizes(q, k, v, transposed: bool) -> dict[str, int]:
+def _sizes(op: str, q, k, v, transposed: bool) -> dict[str, int]:
     """B, H, T, d, G, C; keys and values may be codes, two in a byte, whose constants divide their axes."""
     sizes: dict[str, int] = {}
     patterns = {"k": "B G d C" if transposed else "B G C d", "v": "B G C d"}
     named = {name: (_Shaped(x, pattern), pattern) for (name, pattern), x in zip(patterns.items(), (k, v), strict=True)}
-    sizes = check.shapes("decode", q=(q, "B H T d"), **named)
+    sizes = check.shapes(op, q=(q, "B H T d"), **named)
     for name, x in (("k", k), ("v", v)):
         if not isinstance(x, Codes):
             continue
         shape = named[name][0].shape
         if x.bits not in BITS:
-            raise argument_error("decode", f"{name}.bits", x.bits, "8 or 4")
-        check.dtypes("decode", ("int8",) if x.bits == 8 else ("uint8",), **{f"{name}.values": x.values})
+            raise argument_error(op, f"{name}.bits", x.bits, "8 or 4")
+        check.dtypes(op, ("int8",) if x.bits == 8 else ("uint8",), **{f"{name}.values": x.values})
         for part, constants in (("scale", x.scale), ("offset", x.offset)):
             if constants is None:
                 continue
@@ -186,8 +170,8 @@ def _sizes(q, k, v, transposed: bool) -> dict[str, int]:
             fits = fits and all(n and not size % n for n, size in zip(constants.shape[2:], shape[2:], strict=True))
             if not fits or (part == "offset" and constants.shape != x.scale.shape):
                 accepts = "sizes that divide " + str(list(shape)) if part == "scale" else f"{list(x.scale.shape)}"
-                raise argument_error("decode", f"{name}.{part}", list(constants.shape), accepts)
-            check.dtypes("decode", ("float32",), **{f"{name}.{part}": constants})
+                raise argument_error(op, f"{name}.{part}", list(constants.shape), accepts)
+            check.dtypes(op, ("float32",), **{f"{name}.{part}": constants})
     return sizes
 
 
@@ -205,9 +189,9 @@ class _Shaped:
             self.shape = (*self.shape[:axis], 2 * self.shape[axis], *self.shape[axis + 1 :])
 
 
-def _store(name: str, x, sizes: dict[str, int], transposed: bool) -> Store:
+def _store(op: str, name: str, x, sizes: dict[str, int], transposed: bool) -> Store:
     if not isinstance(x, Codes):
-        check.dtypes("decode", **{name: x})
+        check.dtypes(op, **{name: x})
         return Store(str(x.dtype))
     tokens, channels = x.scale.shape[2:][:: -1 if transposed else 1]
     return Store(f"int{x.bits}", sizes["C"] // tokens, sizes["d"] // channels, x.offset is not None)

@@ -54,5 +54,6 @@ SPECS = {
     "drafts 8k": Spec(32, 32, 8, 8, 8192, 128),
     "multi-head 512k": Spec(1, 32, 32, 1, 524288, 128),
     "window and soft-cap": Spec(8, 16, 8, 4, 8192, 64, options=(("window", 1024), ("softcap", 50.0))),
+    "8b 32k invariant": Spec(8, 32, 8, 1, 32768, 128, options=(("invariant", True),)),
     "float32": Spec(8, 32, 8, 1, 8192, 128, dtype="float32"),
 }

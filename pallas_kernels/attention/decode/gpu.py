@@ -3,7 +3,8 @@
 Sanovar et al. 2024, arXiv 2405.10480. Every worker takes an equal run of the (item, head, block) sequence, whatever the
 lengths. It walks that run by itself from prefetched item tables; the keys and values of the blocks ahead are on their
 way by TMA, across items, while tensor cores multiply the present one. Codes become 16-bit numbers in registers on their
-way from one shared buffer to another. The parts of items that two workers share are merged by XLA.
+way from one shared buffer to another. The parts of items that two workers share are merged by XLA. For `invariant` the
+items are cut into pieces of a fixed number of blocks, and runs end where a piece does.
 
 Written in Mosaic GPU for jax 0.11.2 or newer. Dead tokens in the last live block of a cache must be finite numbers.
 
@@ -29,6 +30,7 @@ from jaxinfer.pallas_kernels.attention.decode.items import Queries, State, live_
 ROWS = TILE = 64  # a warpgroup's product has 64 rows: query heads of a key head times queries, the rest padding
 WORKERS = 132  # multiprocessors of an H100 or H200
 SHARED = 200 * 1024  # bytes of shared memory for the blocks under way; the rest holds queries and results
+PIECE = 8  # blocks that are never parted where a row's bits may not depend on the other rows
 GATHERED = 2**23  # up to so many numbers, parts are merged in one gather, more of them in a loop
 _BYTES = {"int8": "int8", "int4": "uint8"}
 
@@ -51,8 +53,6 @@ def refuses(call: Call) -> str | None:
         return f"heads of {call.dim} channels, which are not 64, 128, 192 or 256"
     if call.repeat > ROWS:
         return f"{call.repeat} query heads of a key head, more than {ROWS}"
-    if call.invariant:
-        return "its split depends on all rows' lengths"
     block = _block(call)
     if block % 64 or block > 256 or block > call.capacity:
         return f"blocks of {block} tokens of {call.capacity}, which are not 64, 128 or 256 of them"
@@ -78,11 +78,15 @@ def items(call: Call, queries: Queries, k, v, lengths, slopes) -> tuple[jax.Arra
     plgpu = _mosaic_gpu()
     count, groups, rows, dim = queries.q.shape
     block = _block(call)
-    begin, end = (jnp.repeat(x, groups) for x in live_blocks(call, queries, lengths, block))
-    row = jnp.repeat(queries.row, groups)
+    begin, end = live_blocks(call, queries, lengths, block)
+    pieces = -(-call.capacity // (block * PIECE)) if call.invariant else 1
+    if call.invariant:
+        limits = jnp.arange(pieces, dtype=jnp.int32) * PIECE
+        begin, end = jnp.maximum(begin[:, None], limits), jnp.minimum(end[:, None], limits + PIECE)
+    begin, end = (jnp.repeat(x.reshape(-1), groups) for x in (begin, end))
+    row = jnp.repeat(queries.row, groups * pieces)
     workers = 3 if call.interpret else WORKERS  # the interpreter runs each as threads of the host
-    tables, first, last = _plan(begin, end, workers)
-    tables |= {"row": row, "length": lengths[row]}
+    tables, first, last = _plan(begin, end, workers, whole=call.invariant)
     slopes = jnp.zeros(call.heads, jnp.float32) if slopes is None else slopes
     slopes = jnp.repeat(slopes.reshape(groups, call.repeat), rows // call.repeat, 1)
     pad = ROWS - rows
@@ -91,11 +95,11 @@ def items(call: Call, queries: Queries, k, v, lengths, slopes) -> tuple[jax.Arra
         jnp.pad(jnp.tile(queries.positions, (1, call.repeat)), ((0, 0), (0, pad)), constant_values=-1),
         jnp.pad(slopes, ((0, 0), (0, pad))),
     )
-    slots = count * groups + workers - 1
+    slots = count * pieces * groups + workers - 1
     kept_rows = -(-rows // 8) * 8
     vector = jax.ShapeDtypeStruct((slots, ROWS), jnp.float32)
     parts = plgpu.kernel(
-        functools.partial(_kernel, call, block, kept_rows),
+        functools.partial(_kernel, call, block, pieces, kept_rows),
         out_type=(jax.ShapeDtypeStruct((slots, kept_rows, dim), jnp.float32), vector, vector),
         grid=(workers,),
         grid_names=("worker",),
@@ -109,7 +113,10 @@ def items(call: Call, queries: Queries, k, v, lengths, slopes) -> tuple[jax.Arra
         _operands(v, call.values, False, block),
     )
     out, peak, total = (x[:, :rows] for x in parts)
-    out, lse = normalize(*_merged(State(peak, total, out), first, last, workers))
+    merged = functools.partial(_merged, workers=workers)
+    if call.invariant:
+        merged = functools.partial(_merged_pieces, pieces=pieces, groups=groups)
+    out, lse = normalize(*merged(State(peak, total, out), first, last))
     return out.reshape(count, groups, rows, dim), lse.reshape(count, groups, rows)
 
 
@@ -129,27 +136,39 @@ def _block(call: Call) -> int:
     return 64 if small else 128
 
 
-def _plan(begin: jax.Array, end: jax.Array, workers: int) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+def _plan(
+    begin: jax.Array, end: jax.Array, workers: int, *, whole: bool = False
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """The tables by which a worker walks its run, and the first and last worker of each item.
 
     `begin, end i32[N]` of the items; `after[i]`: the next item after i that has blocks; `first[w], unit[w], stop[w]`: a
-    worker's first item and its run in units of the whole sequence.
+    worker's first item and its run in units of the whole sequence. `whole`: runs end with items.
     """
     count = begin.shape[0]
     sizes = jnp.maximum(end - begin, 0)
     ends = jnp.cumsum(sizes)
     starts, total = ends - sizes, ends[-1]
     run = jnp.maximum((total + workers - 1) // workers, 1)
+
+    def item_at(unit: jax.Array) -> jax.Array:
+        return jnp.minimum(jnp.searchsorted(ends, unit, side="right"), count - 1).astype(jnp.int32)
+
     unit = jnp.minimum(jnp.arange(workers, dtype=jnp.int32) * run, total)
-    stop = jnp.minimum(unit + run, total)
-    first = jnp.minimum(jnp.searchsorted(ends, unit, side="right"), count - 1).astype(jnp.int32)
+    if whole:
+        inside = unit > starts[item_at(unit)]
+        unit = jnp.where(inside, ends[item_at(unit)], unit)
+        first_worker = jnp.searchsorted(unit, starts, side="right") - 1
+        last_worker = first_worker
+    else:
+        first_worker, last_worker = starts // run, (ends - 1) // run
+    first = item_at(unit)
     later = jnp.where(sizes > 0, jnp.arange(count, dtype=jnp.int32), count - 1)
     after = jnp.append(lax.cummin(later, reverse=True)[1:], count - 1)
     tables = {
-        "begin": begin, "end": end, "after": after, "first": first, "unit": unit, "stop": stop,
+        "begin": begin, "end": end, "after": after, "first": first, "unit": unit, "stop": jnp.append(unit[1:], total),
         "block": begin[first] + unit - starts[first],
     }  # fmt: skip
-    return tables, starts // run, jnp.where(sizes > 0, (ends - 1) // run, -1)
+    return tables, first_worker, jnp.where(sizes > 0, last_worker, -1)
 
 
 def _merged(parts: State, first: jax.Array, last: jax.Array, workers: int) -> State:
@@ -168,6 +187,17 @@ def _merged(parts: State, first: jax.Array, last: jax.Array, workers: int) -> St
         return merge(both, jnp.stack([jnp.full(count, True), here <= last], 1))
 
     return lax.fori_loop(0, jnp.maximum((last - first).max() + 1, 0), add, empty)
+
+
+def _merged_pieces(parts: State, first: jax.Array, last: jax.Array, pieces: int, groups: int) -> State:
+    """The pieces of each item in one, always in the same order: `[N * pieces * G]`, each kept by one worker."""
+    parts = State(*(x[jnp.arange(first.shape[0]) + first] for x in parts))
+
+    def side_by_side(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(-1, pieces, groups, *x.shape[1:]), 1, 2)
+        return x.reshape(-1, pieces, *x.shape[3:])
+
+    return merge(State(*map(side_by_side, parts)), side_by_side(last >= 0))
 
 
 def _operands(x: jax.Array | Codes, store: Store, transposed: bool, block: int) -> dict[str, jax.Array]:
@@ -225,7 +255,7 @@ def _scratch(call: Call, block: int, plgpu) -> dict[str, Any]:
     return scratch
 
 
-def _kernel(call: Call, block: int, kept_rows: int, tables, operands, keys, values, out, peak, total, **s):
+def _kernel(call: Call, block: int, pieces: int, kept_rows: int, tables, operands, keys, values, out, peak, total, **s):
     plgpu = _mosaic_gpu()
     q_of, positions_of, slopes_of = operands
     stages = s["k"].shape[0]
@@ -254,10 +284,12 @@ def _kernel(call: Call, block: int, kept_rows: int, tables, operands, keys, valu
     def an_item(carry: tuple[Walk, Walk]) -> tuple[Walk, Walk]:
         at, ahead = carry
         item, row, group = at.item, tables["row"][at.item], lax.rem(at.item, jnp.int32(call.groups))
-        plgpu.copy_gmem_to_smem(q_of.at[item], s["q"], s["q_arrived"])
+        tile = lax.div(item, jnp.int32(call.groups * pieces))
+        mine_of = item if pieces == 1 else tile * call.groups + group
+        plgpu.copy_gmem_to_smem(q_of.at[mine_of], s["q"], s["q_arrived"])
         plgpu.barrier_wait(s["q_arrived"])
         L = plgpu.Layout.WGMMA
-        mine = plgpu.load(positions_of.at[lax.div(item, jnp.int32(call.groups))], layout=L.reduce(1), optimized=False)
+        mine = plgpu.load(positions_of.at[tile], layout=L.reduce(1), optimized=False)
         slopes = plgpu.load(slopes_of.at[group], layout=L.reduce(1), optimized=False) if call.alibi else None
         blocks = jnp.minimum(tables["end"][item] - at.block, stop - at.unit)
         length = tables["length"][item]

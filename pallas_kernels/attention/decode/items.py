@@ -1,4 +1,4 @@
-"""Queries in tiles, the items that are split over workers, and softmaxes under way: what the forms share.
+"""Queries in tiles, the items that they are and their live blocks, and softmaxes under way: what the forms share.
 
 Stability: internal.
 """
@@ -64,15 +64,23 @@ def live_blocks(call: Call, queries: Queries, lengths: jax.Array, block: int) ->
     return jnp.clip(oldest - call.window + 1, 0, end * block) // block, end
 
 
+def units(begin: jax.Array, end: jax.Array, longest: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The blocks `begin <= i < end` (i32[N]) of all items in one sequence, item after item: LeanAttention's units.
+
+    Returns their number `i32[]`, and the item and the block of each, `i32[N * longest]`; what lies beyond is anything.
+    """
+    counts = jnp.maximum(end - begin, 0)
+    ends = jnp.cumsum(counts)
+    unit = jnp.arange(begin.shape[0] * longest, dtype=jnp.int32)
+    item = jnp.searchsorted(ends, unit, side="right", method="compare_all").astype(jnp.int32)
+    item = jnp.minimum(item, begin.shape[0] - 1)
+    return ends[-1], item, begin[item] + unit - (ends - counts)[item]
+
+
 def merge(parts: State, there: jax.Array) -> State:
     """Merge the parts `[N, W, ...]` of each item, those that are `there bool[N, W]`; the others may be anything."""
-    there = as_rank(there, parts.peak)
+    there = there.reshape(*there.shape, *(1,) * (parts.peak.ndim - there.ndim))
     peak = jnp.where(there, parts.peak, FLOOR).max(1)
     weight = jnp.where(there, jnp.exp(parts.peak - peak[:, None]), 0.0)
     total = jnp.where(there, parts.total * weight, 0.0).sum(1)
     return State(peak, total, jnp.where(there[..., None], parts.out * weight[..., None], 0.0).sum(1))
-
-
-def as_rank(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Trailing axes of one, so that `x` broadcasts against `like`."""
-    return x.reshape(*x.shape, *(1,) * (like.ndim - x.ndim))

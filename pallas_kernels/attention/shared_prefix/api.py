@@ -8,6 +8,7 @@ Stability: experimental.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,8 +20,9 @@ from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.attention.combine import combine
 from jaxinfer.pallas_kernels.attention.decode import blocked, gpu, tpu
-from jaxinfer.pallas_kernels.attention.decode.api import check_options, decode, newest
+from jaxinfer.pallas_kernels.attention.decode.api import attend, newest
 from jaxinfer.pallas_kernels.attention.decode.call import Call, Store
+from jaxinfer.pallas_kernels.attention.decode.options import Options, checked_lengths, checked_slopes
 from jaxinfer.pallas_kernels.attention.shared_prefix import packed, ref
 
 FORMS = (
@@ -46,6 +48,7 @@ def shared_prefix(
     softcap: float | None = None,
     alibi: jax.Array | None = None,
     transposed: bool = False,
+    invariant: bool = False,
     impl: str | None = None,
     block: int | None = None,
     interpret: bool = False,
@@ -56,8 +59,9 @@ def shared_prefix(
     is the prefixes `paths[b]` in order (i32[B, levels], -1: no prefix at that level; None: the only prefix, for every
     row), then its own `suffix_k, suffix_v [B, G, C, d]`, of which `suffix_lengths i32[B]` tokens are live (None: C). In
     a tree the path of a row lists its node's ancestors from the root. The queries are those of the newest T tokens of
-    the text. `window`, `softcap`, `alibi`, `scale` and `transposed` (prefixes and suffixes) are as in `decode`; `block`
-    is the tokens of a prefix at a time. Differentiable in every float. `impl`: "blocked", "tpu", "gpu" or "ref".
+    the text. `window`, `softcap`, `alibi`, `scale`, `invariant` and `transposed` (prefixes and suffixes) are as in
+    `decode`; `block` is the tokens of a prefix at a time. Differentiable in every float. `impl`: "blocked", "tpu",
+    "gpu" or "ref".
 
     Raises ArgumentError for shapes, dtypes, options or known lengths and paths that do not fit, before anything is
     traced; UnsupportedError where the form named by `impl` cannot serve.
@@ -77,14 +81,11 @@ def shared_prefix(
         raise argument_error(op, "q", f"{heads} heads", f"a multiple of the prefixes' {groups}")
     check.dtypes(op, q=q)
     check.dtypes(op, prefix_k=prefix_k, prefix_v=prefix_v, suffix_k=suffix_k, suffix_v=suffix_v)
-    options = check_options(op, sizes["d"], scale, window, softcap, None)
-    check.positive(op, block=block)
+    options = Options(scale, window, softcap, transposed, invariant, impl, block, interpret).checked(op, sizes["d"])
     paths = _paths(paths, batch, count)
-    prefix_lengths = _lengths("prefix_lengths", prefix_lengths, count, sizes["P"])
-    suffix_lengths = _lengths("suffix_lengths", suffix_lengths, batch, sizes["C"])
-    if alibi is not None:
-        check.shapes(op, alibi=(alibi, str(heads)))
-        alibi = jnp.asarray(alibi, jnp.float32)
+    prefix_lengths = checked_lengths(op, "prefix_lengths", prefix_lengths, count, sizes["P"])
+    suffix_lengths = checked_lengths(op, "suffix_lengths", suffix_lengths, batch, sizes["C"])
+    slopes = checked_slopes(op, alibi, heads)
     along = jnp.where(paths >= 0, prefix_lengths[paths], 0)
     starts = jnp.cumsum(along, 1) - along
     own = newest(suffix_lengths, sizes["T"])  # within the suffix; negative for queries whose tokens are in a prefix
@@ -92,15 +93,11 @@ def shared_prefix(
     store = Store(str(prefix_k.dtype))
     call = Call(
         batch=count, heads=heads, groups=groups, queries=sizes["T"], capacity=sizes["P"], dim=sizes["d"],
-        dtype=str(q.dtype), keys=store, values=store, transposed=transposed, alibi=alibi is not None, invariant=False,
-        block=block, interpret=interpret, **options,
+        dtype=str(q.dtype), keys=store, values=store, alibi=alibi is not None, **options.of_call(),
     )  # fmt: skip
-    prefix: Any = _prefix(call, impl, q, prefix_k, prefix_v, prefix_lengths, paths, starts, positions, alibi)
-    suffix = decode(
-        q, suffix_k, suffix_v, suffix_lengths, scale=scale, window=window, softcap=softcap, alibi=alibi,
-        transposed=transposed, impl=impl, interpret=interpret,
-    )  # fmt: skip
-    return combine([prefix, suffix])
+    prefix: Any = _prefix(call, impl, q, prefix_k, prefix_v, prefix_lengths, paths, starts, positions, slopes)
+    of_suffix = dataclasses.replace(options, block=None)
+    return combine([prefix, attend(op, q, suffix_k, suffix_v, suffix_lengths, None, slopes, of_suffix)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -129,12 +126,3 @@ def _paths(paths: jax.Array | None, batch: int, count: int) -> jax.Array:
     check.integers("shared_prefix", paths=paths)
     check.within("shared_prefix", -1, count - 1, paths=paths)
     return jnp.clip(jnp.asarray(paths, jnp.int32), -1, count - 1)
-
-
-def _lengths(name: str, lengths: jax.Array | None, count: int, capacity: int) -> jax.Array:
-    if lengths is None:
-        return jnp.full(count, capacity, jnp.int32)
-    check.shapes("shared_prefix", **{name: (lengths, str(count))})
-    check.integers("shared_prefix", **{name: lengths})
-    check.within("shared_prefix", 0, capacity, **{name: lengths})
-    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, capacity)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels.attention.decode.codes import Codes, numbers
 
 
-def attend(q, k, v, node_k, node_v, visible, lengths, depths, slopes, transposed, options):
+def attend(q, k, v, node_k, node_v, visible, lengths, depths, slopes, options):
     """As `tree`, with `visible bool[B, N, N]` for ancestors and `depths i32[B, N]`."""
-    scale, window, softcap = (options[name] for name in ("scale", "window", "softcap"))
-    k = numbers(k, -2 if transposed else -1) if isinstance(k, Codes) else k
+    scale, window, softcap = options.scale, options.window, options.softcap
+    k = numbers(k, -2 if options.transposed else -1) if isinstance(k, Codes) else k
     v = numbers(v) if isinstance(v, Codes) else v
-    k = jnp.swapaxes(k, 2, 3) if transposed else k
+    k = jnp.swapaxes(k, 2, 3) if options.transposed else k
     repeat, capacity = q.shape[1] // k.shape[1], k.shape[2]
     k, v = (
         jnp.repeat(jnp.concatenate([x, y], 2).astype(jnp.float32), repeat, 1) for x, y in ((k, node_k), (v, node_v))
