@@ -70,7 +70,8 @@ def block_sparse(
     # Lists that serve all heads still differ from head to head once they are turned: the entries name the head.
     heads = checked.heads if indices.shape[1] > 1 else checked.group
     turned, turned_counts = turn(indices, counts, heads, checked.group, call.k_blocks)
-    call = dataclasses.replace(call, turned=turned.shape[-1])
+    size, uneven = (1, False) if isinstance(counts, Tracer) else blocked.together(call, counts)
+    call = dataclasses.replace(call, turned=turned.shape[-1], together=size, uneven=uneven)
     lists = [jnp.asarray(x, jnp.int32) for x in (indices, counts, turned, turned_counts)]
     return _block_sparse(call, impl, q, k, v, *lists, q_lengths, kv_lengths, slopes)
 
@@ -101,7 +102,7 @@ def _checked(op: str, flash, indices: Lists, counts: Lists, block: Any) -> Call:
         twice = np.argwhere(ordered[..., 1:] == ordered[..., :-1])
         if len(twice):
             raise argument_error(op, f"indices{twice[0][:3].tolist()}", "a block twice", "each block once in a list")
-    return dataclasses.replace(call, listed=sizes["n"])
+    return dataclasses.replace(call, listed=sizes["n"], shared=sizes["h"] == 1)
 
 
 def _ref_backward(call: Call, q, k, v, *rest) -> Any:

@@ -19,7 +19,8 @@ from jaxinfer.pallas_kernels.attention.flash.call import Call as FlashCall
 class Call:
     """A call of `flash` in `block`-sized blocks, of which `listed` are listed for each block of queries at most.
 
-    `turned`: the most blocks of queries that any block of keys is listed for, over the heads that read it.
+    `turned`: the most blocks of queries that any block of keys is listed for, over the heads that read it. `shared`:
+    one list serves all heads. `together`, `uneven`: what `blocked.together` says.
     """
 
     flash: FlashCall
@@ -27,6 +28,19 @@ class Call:
     block_k: int
     listed: int
     turned: int
+    shared: bool = False
+    together: int = 1
+    uneven: bool = False
+
+    @property
+    def share(self) -> int:
+        """Query heads whose rows the blocked form takes as rows of one block."""
+        return self.flash.group if self.shared else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of such a block."""
+        return self.share * self.block_q
 
     @property
     def q_blocks(self) -> int:

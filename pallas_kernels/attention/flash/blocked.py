@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.pallas_kernels._core import tuning
+from jaxinfer.pallas_kernels.attention.flash import panel
 from jaxinfer.pallas_kernels.attention.flash.call import Call, cdiv
-from jaxinfer.pallas_kernels.attention.flash.scores import NO_PEAK, UNSEEN, backward_rows, finish
+from jaxinfer.pallas_kernels.attention.flash.panel import dot
+from jaxinfer.pallas_kernels.attention.flash.scores import backward_rows, finish
 
 PANELS = (4, 2, 1)  # key blocks of a panel, the widest first; the last is 1
 
@@ -38,20 +40,11 @@ def forward(call: Call, q, k, v, q_lengths, kv_lengths, slopes) -> tuple[jax.Arr
             tile = _Tile(call, i * block_q, block_q, block_k, lengths, slope)
 
             def step(start: jax.Array, width: int, carry):
-                peak, total, acc = carry
                 keys, values = (lax.dynamic_slice_in_dim(x, start, width) for x in (k, v))
-                score = tile.masked(tile.scores(_dot(q, keys, 1, 1), start), start)
-                new = jnp.maximum(peak, score.max(-1))
-                shrink, weight = jnp.exp2(peak - new), jnp.exp2(score - new[:, None])
-                acc = acc * shrink[:, None] + _dot(weight.astype(values.dtype), values, 1, 0)
-                return new, total * shrink + weight.sum(-1), acc
+                score = tile.rows.scores(dot(q, keys, 1, 1), _numbered(start, width))
+                return panel.attend(carry, score, values)
 
-            start = (
-                jnp.full(block_q, NO_PEAK),
-                jnp.zeros(block_q),
-                jnp.zeros((block_q, call.value_dim)),
-            )
-            peak, total, acc = tile.over_panels(step, start)
+            peak, total, acc = tile.over_panels(step, panel.start((block_q,), call.value_dim))
             return finish(peak, total, acc, q.dtype)
 
         return lax.map(block, (_numbers(call, block_q), rows, slopes))
@@ -81,13 +74,12 @@ def backward(
             def step(start: jax.Array, width: int, carry):
                 dq, dk, dv = carry
                 keys, values = (lax.dynamic_slice_in_dim(x, start, width) for x in (k, v))
-                product = _dot(q, keys, 1, 1)
-                weight = jnp.exp2(tile.masked(tile.scores(product, start), start) - lse[:, None])
-                dscore = weight * (_dot(dout, values, 1, 1) - delta[:, None]) * call.rules.slope_of_cap(product)
-                dscore, weight = dscore.astype(q.dtype), weight.astype(q.dtype)
-                dk = _add(dk, _dot(q, dscore, 0, 0), start)
-                dv = _add(dv, _dot(dout, weight, 0, 0), start)
-                return dq + _dot(dscore, keys, 1, 0), dk, dv
+                product, dweight = dot(q, keys, 1, 1), dot(dout, values, 1, 1)
+                pair = panel.weights(tile.rows, product, _numbered(start, width), dweight, lse, delta)
+                weight, dscore = (x.astype(q.dtype) for x in pair)
+                dk = _add(dk, dot(q, dscore, 0, 0), start)
+                dv = _add(dv, dot(dout, weight, 0, 0), start)
+                return dq + dot(dscore, keys, 1, 0), dk, dv
 
             dq, dk, dv = tile.over_panels(step, (jnp.zeros(q.shape, jnp.float32), *carry))
             return (dk, dv), (dq * call.rules.scale).astype(q.dtype)
@@ -115,18 +107,16 @@ def blocks(call: Call) -> tuple[int, int]:
 
 
 class _Tile:
-    """One block of query rows of one head: which keys it sees, and its scores against a panel of them."""
+    """One block of query rows of one head: which keys it sees, in key blocks."""
 
     def __init__(self, call: Call, first: jax.Array, block_q: int, block_k: int, lengths, slope):
-        self.call, self.block_k, self.slope = call, block_k, slope
-        q_length, kv_length = (call.queries, call.keys) if lengths is None else lengths
-        self.q_length, self.kv_length = q_length, kv_length
-        self.rows = first + lax.iota(jnp.int32, block_q)[:, None]
-        offset = kv_length - q_length
-        self.positions = self.rows + offset
+        self.call, self.block_k = call, block_k
+        numbers = first + lax.iota(jnp.int32, block_q)[:, None]
+        self.rows = panel.Rows(call, numbers, lengths, slope, padded=call.keys % block_k > 0)
+        offset = self.rows.kv_length - self.rows.q_length
         low = jnp.maximum(call.rules.first_key(first + offset), 0) // block_k
-        end = cdiv(call.rules.end_key(first + offset + block_q - 1, kv_length), block_k)
-        self.low, self.count = low, jnp.where(first < q_length, jnp.maximum(end - low, 0), 0)
+        end = cdiv(call.rules.end_key(first + offset + block_q - 1, self.rows.kv_length), block_k)
+        self.low, self.count = low, jnp.where(first < self.rows.q_length, jnp.maximum(end - low, 0), 0)
 
     def over_panels(self, step: Callable[[jax.Array, int, Any], Any], carry: Any) -> Any:
         """`step(first key, keys, carry)` over all panels that the block sees, the widest first."""
@@ -143,28 +133,10 @@ class _Tile:
             at, left = at + turns * width, left - turns * width
         return carry
 
-    def scores(self, product: jax.Array, start: jax.Array) -> jax.Array:
-        return self.call.rules.scores(product, self.positions - self._keys(product, start), self.slope)
 
-    def masked(self, score: jax.Array, start: jax.Array) -> jax.Array:
-        """Scores with those that are not seen far below all others."""
-        keys = self._keys(score, start)
-        seen = self.call.rules.visible(self.positions - keys)
-        if self.call.ragged or self.call.keys % self.block_k:
-            inside = keys < self.kv_length
-            seen = inside if seen is None else seen & inside
-        if self.call.ragged:
-            real = self.rows < self.q_length
-            seen = real if seen is None else seen & real
-        return score if seen is None else jnp.where(seen, score, UNSEEN)
-
-    @staticmethod
-    def _keys(tile: jax.Array, start: jax.Array) -> jax.Array:
-        return start + lax.iota(jnp.int32, tile.shape[-1])[None]
-
-
-def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+def _numbered(start: jax.Array, width: int) -> jax.Array:
+    """The numbers of a panel's keys, i32[1, width]."""
+    return start + lax.iota(jnp.int32, width)[None]
 
 
 def _add(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
