@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 pytest.importorskip("llguidance")
 
@@ -22,20 +23,18 @@ def pieces():
     return toys.pieces()
 
 
+BYTES = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+
+
 @pytest.fixture(scope="module")
 def byte_vocabulary():
-    """256 bytes and an end token: any JSON text has one spelling."""
-    from tokenizers import pre_tokenizers
-
-    return toys.vocabulary(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    """256 bytes and an end token: a text has one spelling."""
+    return toys.vocabulary(BYTES)
 
 
 def spell(text):
     """The ids of a text of plain ASCII in `byte_vocabulary`."""
-    from tokenizers import pre_tokenizers
-
-    names = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return [names.index({" ": "\u0120", "\n": "\u010a"}.get(c, c)) for c in text]
+    return [BYTES.index({" ": "\u0120", "\n": "\u010a"}.get(c, c)) for c in text]
 
 
 @pytest.mark.parametrize("pattern", ["(ab|c){1,3}", "a*b", "(a|b)c?d", "a|ab|abc", "[abc]{2}"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def _redrafted(proposal: Proposal, seq: Any, tokens: jax.Array, n: jax.Array) ->
     return loop.within_limit(changed_proposal, seq)
 
 
-_propose = Program(loop.propose, static_argnames=("config",))
+# The state is given up to both programs that return it: what an undonated argument returns unchanged is copied.
+_propose = Program(loop.propose, static_argnames=("config",), donate_argnames=("state",))
 _score = Program(loop.score, static_argnames=("step", "config"))
 _settle = Program(_settled, static_argnames=("config",), donate_argnames=("state",))
 _redraft = Program(_redrafted)
@@ -125,7 +127,10 @@ class Constrained:
         drafts = jax.device_get((proposal.tokens, proposal.parent, proposal.valid))
         scored, blocks = _score(self.step, self.params, state, proposal, config=config)
         masks = self._masks(done, *drafts)
-        state, seen = _settle(state, proposal, scored, blocks, masks, self.draft_params, config=config)
+        with warnings.catch_warnings():
+            # A drafter's own Block is used up here and comes back from nowhere.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            state, seen = _settle(state, proposal, scored, blocks, masks, self.draft_params, config=config)
         new, n, done = jax.device_get(seen)
         for row, matcher in enumerate(self.matchers):
             if matcher is not None and n[row]:

@@ -44,8 +44,8 @@ _KEPT = 256  # compiled grammars kept for a vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """What an answer may be: `kind` json_schema, regex or grammar, and its `text`: a schema as JSON, a regular expression
-    that matches the whole answer, or a grammar in Lark's notation (`start: "yes" | "no"`)."""
+    """What an answer may be: `kind` is json_schema, regex or grammar, and `text` a schema as JSON, an expression that
+    matches the whole answer, or a grammar in Lark's notation (`start: "yes" | "no"`)."""
 
     kind: str
     text: str
