@@ -6,60 +6,105 @@ import numpy as np
 import pytest
 
 from jaxinfer.pallas_kernels._core.dispatch import choose, why_not
-from jaxinfer.pallas_kernels.matmul.dense import FORMS, dense
+from jaxinfer.pallas_kernels.matmul.dense import FORMS, TRANSPOSED_FORMS, Call, dense, dense_transposed
 from jaxinfer.pallas_kernels.matmul.dense.blocked import SMALLEST
 
 pytestmark = pytest.mark.smoke
 
+K, N = 256, 192
+OPS = {"dense": (dense, FORMS), "dense_transposed": (dense_transposed, TRANSPOSED_FORMS)}
 
-def operands(rows, inner, outer, dtype="float32"):
+
+def operands(rows, dtype="float32", inner=K, outer=N):
     x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(*rows, inner), (inner, outer)]))
     return x.astype(dtype), (w / np.sqrt(inner)).astype(dtype)
 
 
-@pytest.mark.parametrize("impl", ["split", "plain", None])
-def test_every_form_is_the_product(impl):
-    x, w = operands((1, 1), 256, 192)
+# The op, rows, dtype; each runs in every form that serves it, and in the one that is chosen.
+CALLS = [
+    ("dense", (1, 1), "float32"),
+    ("dense", (1,), "bfloat16"),
+    ("dense", (2, 3), "bfloat16"),
+    ("dense_transposed", (1,), "float32"),
+    ("dense_transposed", (2,), "float32"),
+    ("dense_transposed", (1, 7), "float32"),
+    ("dense_transposed", (1,), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("name,rows,dtype", CALLS)
+def test_every_form_is_the_product(name, rows, dtype):
+    op, forms_of = OPS[name]
+    x, w = operands(rows, dtype)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    got = dense(x, w, impl=impl)
-    assert got.shape == (1, 1, 192) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, exact, atol=2e-6)
-    np.testing.assert_allclose(dense(x, w, impl="ref"), exact, atol=2e-6)
-    wrong = exact - np.asarray(x, np.float64)[..., :128] @ np.asarray(w, np.float64)[:128]
-    assert np.abs(wrong - got).max() > 0.1, "a form that loses half of the sum would pass"
+    call = Call(int(np.prod(rows)), K, N, dtype)
+    forms = [form.name for form in forms_of if not form.refuses(call)]
+    w = w if op is dense else w.T
+    results = jax.jit(lambda x, w: [op(x, w, impl=impl) for impl in (*forms, None)])(x, w)
+    tolerance = 2e-6 if dtype == "float32" else 2e-2
+    for impl, y in zip((*forms, None), results, strict=True):
+        assert y.shape == (*rows, N) and y.dtype == dtype
+        np.testing.assert_allclose(np.float64(y), exact, atol=tolerance, err_msg=str(impl))
+    half = np.asarray(x, np.float64)[..., : K // 2] @ np.asarray(operands(rows, dtype)[1], np.float64)[: K // 2]
+    assert np.abs(half - exact).max() > 0.1, "a form that loses half of the sum would pass"
 
 
 def test_gradients_agree():
-    x, w = operands((1,), 256, 128)
-    split, plain = (
-        jax.grad(lambda x, w, impl=impl: (dense(x, w, impl=impl) ** 2).sum(), (0, 1))(x, w)
-        for impl in ("split", "plain")
-    )
-    for a, b in zip(split, plain, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    """Reverse and forward mode through the sums, and through the halves, against the plain product."""
+
+    def derivatives(op, impl, x, w):
+        def loss(x, w):
+            return (op(x, w, impl=impl) ** 2).sum()
+
+        return *jax.grad(loss, (0, 1))(x, w), jax.jvp(loss, (x, w), (x, w))[1]
+
+    (x1, w), (x3, _) = operands((1,)), operands((3,))
+    cases = [(dense, "halves", x1, w), (dense_transposed, "sums", x3, w.T)]
+    run = jax.jit(lambda: [[derivatives(op, i, x, w) for i in (impl, "plain")] for op, impl, x, w in cases])
+    for ours, plain in run():
+        for a, b in zip(ours, plain, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_stay_alone():
+    x, w = operands((4,))
+    y = jax.jit(lambda x, w: dense_transposed(x, w, impl="sums"))
+    alone, beside = (np.asarray(y(rows, w.T)) for rows in (x, x.at[1].set(jnp.nan)))
+    assert np.isnan(beside[1]).all()
+    np.testing.assert_array_equal(beside[[0, 2, 3]], alone[[0, 2, 3]])
 
 
 def test_the_form_follows_the_call():
-    assert choose(FORMS, (1, 256, 768, "float32"), "cpu").name == "split"
-    for call in [(2, 256, 768, "float32"), (1, 256, 768, "bfloat16"), (1, 255, 768, "float32"), (1, 16, 16, "float32")]:
-        assert choose(FORMS, call, "cpu").name == "plain"
+    assert choose(FORMS, Call(1, 256, 768, "float32"), "cpu").name == "halves"
+    assert choose(FORMS, Call(8, 256, 768, "bfloat16"), "cpu").name == "wide"
+    for call in [(2, 256, 768), (1, 255, 768), (1, 16, 16)]:
+        assert choose(FORMS, Call(*call, "float32"), "cpu").name == "plain"
+    names = {1: "halves", 2: "sums", 16: "sums", 64: "sums", 65: "plain"}
+    for rows, name in names.items():
+        assert choose(TRANSPOSED_FORMS, Call(rows, 256, 768, "float32"), "cpu").name == name
     for platform in ("tpu", "cuda"):
-        assert choose(FORMS, (1, 256, 768, "float32"), platform).name == "plain"
-    assert why_not(FORMS, (1, 256, 768, "float32"), "tpu")["split"] == "code for cpu"
+        for _, forms in OPS.values():
+            assert choose(forms, Call(1, 256, 768, "float32"), platform).name == "plain"
+    assert why_not(FORMS, Call(1, 256, 768, "float32"), "tpu")["halves"] == "code for cpu"
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "impl", "message"),
+    ("name", "x", "w", "impl", "message"),
     [
-        (jnp.ones((2, 8)), jnp.ones((4, 8)), None, r"dense: w: got \[4, 8\].*K = 8"),
-        (jnp.ones(()), jnp.ones((4, 8)), None, "dense: x: got"),
-        (jnp.ones((2, 8)), jnp.ones((8,)), None, "dense: w: got"),
-        (jnp.ones((2, 8)), jnp.ones((8, 4), jnp.bfloat16), None, "dense: w: got bfloat16, accepts the dtype of x"),
-        (jnp.ones((2, 8)), jnp.ones((8, 4)), "fast", "accepts 'split', 'plain', 'ref'"),
-        (jnp.ones((2, 256)), jnp.ones((256, 256)), "split", "one row, got 2"),
-        (jnp.ones((1, 8)), jnp.ones((8, 4)), "split", f"takes {SMALLEST} or more"),
+        ("dense", (2, 8), (4, 8), None, r"dense: w: got \[4, 8\].*K = 8"),
+        ("dense", (), (4, 8), None, "dense: x: got"),
+        ("dense", (2, 8), (8,), None, "dense: w: got"),
+        ("dense", (2, 8), (8, 4), "fast", "accepts 'halves', 'wide', 'plain', 'ref'"),
+        ("dense", (2, 256), (256, 256), "halves", "one row, got 2"),
+        ("dense", (1, 8), (8, 4), "halves", f"takes {SMALLEST} or more"),
+        ("dense", (1, 8), (8, 4), "wide", "for bfloat16, got float32"),
+        ("dense_transposed", (2, 8), (8, 4), None, r"dense_transposed: w: got \[8, 4\].*K = 8"),
+        ("dense_transposed", (65, 256), (256, 256), "sums", "2 to 64 rows, got 65"),
     ],
 )
-def test_bad_input(x, w, impl, message):
+def test_bad_input(name, x, w, impl, message):
+    op, _ = OPS[name]
     with pytest.raises(ValueError, match=message):
-        dense(x, w, impl=impl)
+        op(jnp.ones(x), jnp.ones(w), impl=impl)
+    with pytest.raises(ValueError, match="got bfloat16, accepts the dtype of x"):
+        op(jnp.ones((2, 8)), jnp.ones((8, 8), jnp.bfloat16))

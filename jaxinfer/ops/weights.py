@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import InputError
-from jaxinfer.pallas_kernels.matmul.dense import dense
+from jaxinfer.pallas_kernels.matmul.dense import dense, dense_transposed
 
 Weight = Any  # jax.Array or a registered leaf type
 
@@ -69,7 +69,7 @@ def dot_transposed(x: jax.Array, w: Weight) -> jax.Array:
     rules = _RULES.get(type(w))
     if rules is not None and rules.dot_transposed is not None:
         return rules.dot_transposed(x, w)
-    return jnp.einsum("...k,nk->...n", x, materialize(w).astype(x.dtype))
+    return dense_transposed(x, materialize(w).astype(x.dtype))
 
 
 def take(w: Weight, ids: jax.Array) -> jax.Array:

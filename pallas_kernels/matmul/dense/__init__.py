@@ -3,6 +3,7 @@
 Stability: experimental.
 """
 
-from jaxinfer.pallas_kernels.matmul.dense.api import FORMS, dense
+from jaxinfer.pallas_kernels.matmul.dense.api import FORMS, TRANSPOSED_FORMS, dense, dense_transposed
+from jaxinfer.pallas_kernels.matmul.dense.call import Call
 
-__all__ = ["FORMS", "dense"]
+__all__ = ["FORMS", "TRANSPOSED_FORMS", "Call", "dense", "dense_transposed"]
