@@ -1,12 +1,10 @@
 """Drafters that copy from the row itself: what they find, and that they change no output."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer.decode import CopySpec, PromptLookup, ngrams
-from jaxinfer.decode.types import Sequence
 from jaxinfer.errors import ConfigError
 from tests import drafter_checks as checks
 from tests import toy
@@ -14,33 +12,24 @@ from tests import toy
 DRAFTERS = {"copyspec": CopySpec(gamma=2, copies=4), "prompt-lookup": PromptLookup(ngram=3, drafts=4)}
 
 
-def sequence(*rows, size=16):
-    tokens = np.full((len(rows), size), 9, np.int32)
-    for row, values in zip(tokens, rows, strict=True):
-        row[: len(values)] = values
-    length = jnp.asarray([len(row) for row in rows], jnp.int32)
-    zeros = jnp.zeros(len(rows), jnp.int32)
-    return Sequence(jnp.asarray(tokens), length, length, zeros + size, zeros > 0, zeros, zeros)
-
-
 def drafts(drafter, *rows):
     """What the drafter proposes for each row, as lists."""
-    proposal, _ = drafter.propose(None, (), sequence(*rows), None, None, target_params=None, warp=None)
+    proposal, _ = drafter.propose(None, (), toy.sequence(*rows), None, None, target_params=None, warp=None)
     return [t[v].tolist() for t, v in zip(np.asarray(proposal.tokens), np.asarray(proposal.valid), strict=True)]
 
 
 def test_the_first_earlier_occurrence_is_found_and_never_the_suffix_itself():
-    seq = sequence([1, 2, 3, 1, 2, 4, 1, 2], [1, 1, 1, 1], [5, 6, 7], [1, 2], [9, 9])
+    seq = toy.sequence([1, 2, 3, 1, 2, 4, 1, 2], [1, 1, 1, 1], [5, 6, 7], [1, 2], [9, 9])
     np.testing.assert_array_equal(ngrams.find(seq, 2), [0, 0, 16, 16, 16])
     np.testing.assert_array_equal(ngrams.find(seq, 1), [1, 0, 16, 16, 0])
-    np.testing.assert_array_equal(ngrams.find(sequence([1, 2], [3]), 5), [16, 16])
+    np.testing.assert_array_equal(ngrams.find(toy.sequence([1, 2], [3]), 5), [16, 16])
 
 
 def test_find_against_a_plain_search():
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 3, rng.integers(1, 17)).tolist() for _ in range(200)]
     for n in (1, 2, 3):
-        found = np.asarray(toy.quick_jit(ngrams.find, static_argnums=1)(sequence(*rows), n))
+        found = np.asarray(toy.quick_jit(ngrams.find, static_argnums=1)(toy.sequence(*rows), n))
         for row, got in zip(rows, found, strict=True):
             want = next((i for i in range(len(row) - n) if row[i : i + n] == row[-n:]), 16) if len(row) > n else 16
             assert got == want, (row, n)
@@ -77,4 +66,4 @@ def test_impossible_settings_are_refused():
 
 
 def test_a_search_runs_under_jit_with_a_traced_length():
-    assert jax.jit(lambda s: ngrams.find(s, 2))(sequence([1, 2, 1, 2])).tolist() == [0]
+    assert jax.jit(lambda s: ngrams.find(s, 2))(toy.sequence([1, 2, 1, 2])).tolist() == [0]

@@ -3,6 +3,8 @@
 Stability: experimental.
 """
 
+from jaxinfer.decode.aded import ADED
+from jaxinfer.decode.aggressive import Aggressive
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
 from jaxinfer.decode.bild import Bild, Rollback
@@ -10,11 +12,16 @@ from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel
+from jaxinfer.decode.gad import GAD, TopBeta
+from jaxinfer.decode.grammar import Grammar
+from jaxinfer.decode.jacobi import Jacobi
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
 from jaxinfer.decode.pearl import Pearl
 from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.stream import Update, stream
+from jaxinfer.decode.superposed import NGrams, SuperposedConfig, SuperposedResult, superpose
+from jaxinfer.decode.token_recycling import TokenRecycling
 from jaxinfer.decode.triforce import TriForce
 from jaxinfer.decode.types import Proposal, Reason, Stats, Verdict
 from jaxinfer.decode.typical import Typical
@@ -22,6 +29,8 @@ from jaxinfer.decode.verify import Chain, Greedy
 from jaxinfer.decode.verify_tree import Tree
 
 __all__ = [
+    "ADED",
+    "Aggressive",
     "Autoregressive",
     "BeamConfig",
     "BeamResult",
@@ -31,7 +40,11 @@ __all__ = [
     "CopySpec",
     "DraftModel",
     "Features",
+    "GAD",
+    "Grammar",
     "Greedy",
+    "Jacobi",
+    "NGrams",
     "Pearl",
     "PromptLookup",
     "Proposal",
@@ -41,6 +54,10 @@ __all__ = [
     "Sampling",
     "State",
     "Stats",
+    "SuperposedConfig",
+    "SuperposedResult",
+    "TokenRecycling",
+    "TopBeta",
     "Tree",
     "TriForce",
     "Typical",
@@ -58,4 +75,5 @@ __all__ = [
     "select",
     "start",
     "stream",
+    "superpose",
 ]
