@@ -114,6 +114,23 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Teng et al.", 2024, "2410.01699"),
         cli="--drafter jacobi",
     ),
+    Method(
+        name="copyspec-draft",
+        family="drafter",
+        title="copies where the last tokens occurred before; a small model drafts elsewhere",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.copy_draft:CopyDraft",
+        paper=Paper("Dumitru et al.", 2025, "2502.08923"),
+        cli="--drafter copyspec-draft",
+    ),
+    Method(
+        name="chooser",
+        family="drafter",
+        title="how many drafts of another drafter a row scores: by its acceptance and the latency curve",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.chooser:Chooser",
+        paper=_SPECULATIVE,
+    ),
     # What decides which proposals stay.
     Method(
         name="greedy",

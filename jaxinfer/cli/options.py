@@ -82,6 +82,7 @@ DRAFTERS = Registry(
         "aggressive": "jaxinfer.decode.aggressive:Aggressive",
         "jacobi": "jaxinfer.decode.jacobi:Jacobi",
         "bild": "jaxinfer.decode.bild:Bild",
+        "copyspec-draft": "jaxinfer.decode.copy_draft:CopyDraft",
         "pearl": "jaxinfer.decode.pearl:Pearl",
         "triforce": "jaxinfer.decode.triforce:TriForce",
     },

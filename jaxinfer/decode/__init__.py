@@ -8,8 +8,10 @@ from jaxinfer.decode.aggressive import Aggressive
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
 from jaxinfer.decode.bild import Bild, Rollback
+from jaxinfer.decode.chooser import Chooser
 from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
+from jaxinfer.decode.copy_draft import CopyDraft
 from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel
 from jaxinfer.decode.gad import GAD, TopBeta
@@ -36,7 +38,9 @@ __all__ = [
     "BeamResult",
     "Bild",
     "Chain",
+    "Chooser",
     "Config",
+    "CopyDraft",
     "CopySpec",
     "DraftModel",
     "Features",

@@ -104,7 +104,7 @@ class Proposal:
 
         return dataclasses.replace(
             self, tokens=self.tokens[:, :n], parent=self.parent[:, :n], valid=self.valid[:, :n],
-            q_logp=cut(self.q_logp), probe=cut(self.probe), depth=min(self.depth, n),
+            q_logp=cut(self.q_logp), probe=cut(self.probe), depth=min(self.depth, n), chain=self.chain or n == 0,
         )  # fmt: skip
 
     @classmethod

@@ -1,0 +1,239 @@
+"""Tree choice: how many drafts a step may score, chosen for each row from what was accepted and what a forward costs.
+
+The rule of Leviathan et al. 2022 (arXiv:2211.17192), expected tokens over expected time, with acceptance measured for
+each draft as PPD (arXiv:2405.18628) does for its trees, and the machine's own latency curve. Guarantee: the wrapped
+drafter's (each length is a legal draft). State: the drafter's, and for each draft of a row how often it was reached
+(its parent stood) and how often it stood, both forgotten at a rate.
+
+A draft's chance is its own share given its parent, drawn towards the row's mean while little is known; chances multiply
+along a path, and their sum over the first m drafts, and one, is what a step of m drafts is expected to emit. The row
+takes the size with the most tokens a second, or none where no size gains at least `gain` over none. A row without
+drafts tries its best size again after `probe` steps. Drafts must come in an order in which each prefix is worth
+scoring: chains do, and trees whose nodes come best first.
+
+Times are static: `LatencyCurve`s measured once (`Chooser.measured`) and kept in the Config, so that a job that goes on
+chooses as before. A row's choice depends on its own past alone, and so does its output's law. The target's forward
+runs at the smallest size that holds every row's drafts (`widths`), so a batch in which no row drafts costs a plain
+step; that is the one thing in which rows touch, and it changes their numbers by rounding alone.
+
+Stability: experimental.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxinfer import measure
+from jaxinfer.decode.draft_model import DraftModel
+from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.types import Proposal, Step, Verdict, Verifier
+from jaxinfer.errors import ConfigError
+from jaxinfer.measure import LatencyCurve
+
+PRIOR, WEIGHT = 0.7, 2.0  # what is believed of a draft before anything was seen, and how many sights that is worth
+FORGET, FORGET_PROBE = 0.9, 0.5  # what is left of the counts after a step with drafts, and before a probe
+
+
+@struct.dataclass
+class ChooserState:
+    """`inner`: the drafter's state. `reached`, `stood f32[B, N]`: counts of each draft; `parent i32[B, N]`: the last
+    proposal's; `waited i32[B]`: steps since the row last drafted; `size i32[B]`: drafts of this step at most."""
+
+    inner: Any
+    reached: jax.Array
+    stood: jax.Array
+    parent: jax.Array
+    waited: jax.Array
+    size: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Chooser(DrafterBase):
+    """`drafter`: whose drafts are chosen from. `target`: seconds of a target forward by scored slots; `draft`: seconds
+    of drafting by drafts (None: nothing). `sizes`: draft counts to choose among, each compiled (empty: powers of two,
+    and the drafter's width). `gain`: the least predicted speed-up for which a row drafts; `probe`: see above."""
+
+    drafter: Any
+    target: LatencyCurve
+    draft: LatencyCurve | None = None
+    sizes: tuple[int, ...] = ()
+    gain: float = 1.05
+    probe: int = 64
+
+    def __post_init__(self):
+        n = self.drafter.width
+        if n < 1:
+            raise ConfigError(f"drafter: got {type(self.drafter).__name__}, which drafts nothing to choose from")
+        powers = tuple(1 << i for i in range(n.bit_length()) if 1 << i < n)
+        sizes = tuple(sorted(self.sizes or (*powers, n)))
+        if sizes[0] < 1 or sizes[-1] > n or len(set(sizes)) < len(sizes):
+            raise ConfigError(f"sizes: got {self.sizes}, accepts different counts of 1 to {n} drafts")
+        if self.probe < 64:
+            raise ConfigError(f"probe: got {self.probe}, accepts 64 steps or more")
+        if self.gain < 1:
+            raise ConfigError(f"gain: got {self.gain}, accepts 1 or more")
+        object.__setattr__(self, "sizes", sizes)
+        if type(self.drafter) is DraftModel:  # no draft forward for a row that does not draft
+            object.__setattr__(self, "drafter", dataclasses.replace(self.drafter, lazy=True))
+
+    @classmethod
+    def measured(
+        cls,
+        drafter: Any,
+        step: Step,
+        params: Any,
+        *,
+        batch: int,
+        capacity: int,
+        draft_params: Any = None,
+        **options: Any,
+    ) -> Chooser:
+        """With curves measured now on this machine (host): forwards of each size over `batch` rows of `capacity`
+        tokens, and of one token of the draft model where the drafter has one. `options`: as for the class."""
+        sizes = cls(drafter, LatencyCurve((1,), (1.0,)), **options).sizes
+        target = forward_curve(step, params, batch=batch, capacity=capacity, slots=(1, *(m + 1 for m in sizes)))
+        draft, model = None, getattr(drafter, "step", None)
+        if model is not None:
+            one = forward_curve(model, draft_params, batch=batch, capacity=capacity, slots=(1,)).seconds[0]
+            draft = LatencyCurve((1, 2), (one, 2 * one))
+        return cls(drafter, target, draft, **options)
+
+    @property
+    def step(self) -> Step:
+        """The drafter's model, where it has one."""
+        return self.drafter.step
+
+    @property
+    def vocab_size(self) -> int:
+        """The drafter's vocabulary, where it has one."""
+        return self.drafter.vocab_size
+
+    @property
+    def width(self) -> int:
+        """N: the largest size."""
+        return self.sizes[-1]
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return min(self.drafter.depth, self.width)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The drafter's."""
+        return self.drafter.taps
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """None, and every size."""
+        return (0, *self.sizes)
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """The drafter's."""
+        return self.drafter.verifier
+
+    def init(self, params, target_params, seq, cache) -> ChooserState:
+        """Nothing seen."""
+        batch, n = seq.tokens.shape[0], self.width
+        none, zeros = jnp.zeros((batch, n), jnp.float32), jnp.zeros(batch, jnp.int32)
+        parent = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+        return ChooserState(self.drafter.init(params, target_params, seq, cache), none, none, parent, zeros, zeros)
+
+    def prefill(self, params, state: ChooserState, chunk, output) -> ChooserState:
+        """The drafter's."""
+        return dataclasses.replace(state, inner=self.drafter.prefill(params, state.inner, chunk, output))
+
+    def ready(self, params, state: ChooserState, seq, cache, *, target_params) -> ChooserState:
+        """The drafter's."""
+        inner = self.drafter.ready(params, state.inner, seq, cache, target_params=target_params)
+        return dataclasses.replace(state, inner=inner)
+
+    def propose(self, params, state: ChooserState, seq, cache, key, *, target_params, warp):
+        """The drafter's first drafts, as many as pay."""
+        state = self.choose(state)
+        inner = self.drafter.shortened(state.inner, state.size)
+        proposal, inner = self.drafter.propose(params, inner, seq, cache, key, target_params=target_params, warp=warp)
+        proposal = proposal.leading(self.width)
+        few = jnp.arange(self.width)[None] < state.size[:, None]
+        return dataclasses.replace(proposal, valid=proposal.valid & few), dataclasses.replace(state, inner=inner)
+
+    def observe(self, params, state: ChooserState, seq, proposal, scored, verdict, n, cache) -> ChooserState:
+        """Count what was reached and what stood; the drafter learns too."""
+        inner = self.drafter.observe(params, state.inner, seq, proposal, scored, verdict, n, cache)
+        return dataclasses.replace(self.count(state, proposal, verdict), inner=inner)
+
+    def choose(self, state: ChooserState) -> ChooserState:
+        """The state with this step's size."""
+        expected = 1 + jnp.cumsum(self.chances(state), 1)
+        costs = [self.cost(m) for m in (0, *self.sizes)]
+        tokens = jnp.stack([jnp.ones_like(expected[:, 0]), *(expected[:, m - 1] for m in self.sizes)], 1)
+        rate = tokens / jnp.asarray(costs, jnp.float32) * costs[0]  # 1 without drafts
+        best = jnp.argmax(rate[:, 1:], 1)
+        size = jnp.asarray(self.sizes, jnp.int32)[best]
+        pays = jnp.take_along_axis(rate[:, 1:], best[:, None], 1)[:, 0] >= self.gain
+        probes = ~pays & (state.waited >= self.probe - 1)
+        kept = jnp.where(probes, FORGET_PROBE, 1.0)[:, None]
+        return dataclasses.replace(
+            state, reached=state.reached * kept, stood=state.stood * kept, size=jnp.where(pays | probes, size, 0)
+        )
+
+    def cost(self, m: int) -> float:
+        """Seconds of a step of `m` drafts."""
+        return self.target(m + 1) + (self.draft(m) if self.draft is not None and m else 0.0)
+
+    def chances(self, state: ChooserState) -> jax.Array:
+        """The chance f32[B, N] of each draft to stand."""
+        parent = state.parent
+        same = parent[:, :, None] == parent[:, None, :]
+        rank = (same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)).sum(2)
+        firsts = jnp.where(rank == 0, state.reached, 0).sum(1)
+        mean = ((state.stood.sum(1) + WEIGHT * PRIOR) / (firsts + WEIGHT))[:, None]
+        mean = jnp.clip(mean, 0.0, 1.0)
+        given = (state.stood + WEIGHT * mean * (1 - mean) ** rank) / (state.reached + WEIGHT)
+        chance = jnp.zeros_like(given)
+        for _ in range(self.depth):
+            chance = given * jnp.take_along_axis(jnp.concatenate([jnp.ones_like(given[:, :1]), chance], 1), parent, 1)
+        return chance
+
+    def count(self, state: ChooserState, proposal: Proposal, verdict: Verdict) -> ChooserState:
+        """The state with one step's outcome."""
+        index = jnp.arange(self.width + 1, dtype=jnp.int32)
+        on_path = (verdict.path[:, :, None] == index).any(1)
+        usable = proposal.valid if proposal.probe is None else proposal.valid & ~proposal.probe
+        reached = usable & jnp.take_along_axis(on_path, proposal.parent, 1)
+        left = jnp.where(usable.any(1), FORGET, 1.0)[:, None]
+        return dataclasses.replace(
+            state,
+            reached=left * state.reached + reached,
+            stood=left * state.stood + (reached & on_path[:, 1:]),
+            parent=jnp.broadcast_to(proposal.parent, state.parent.shape),
+            waited=jnp.where(state.size > 0, 0, state.waited + 1),
+        )
+
+
+def forward_curve(
+    step: Step, params: Any, *, batch: int, capacity: int, slots: tuple[int, ...], rounds: int = 5
+) -> LatencyCurve:
+    """Median seconds of a forward and its logits by scored slots, over a cache of `batch` rows of `capacity` tokens."""
+
+    @jax.jit
+    def forward(params, cache, tokens, positions):
+        output, _ = step(params, tokens, positions, cache, None)
+        return step.head(params, output.hidden)
+
+    cache = jax.jit(lambda: step.new_cache(batch, capacity))()
+    inputs = {r: (jnp.zeros((batch, r), jnp.int32), jnp.asarray(np.tile(np.arange(r), (batch, 1)))) for r in slots}
+
+    def run(size: int):
+        return forward(params, cache, *inputs[size])
+
+    for size in slots:
+        jax.block_until_ready(run(size))
+    return measure.latency_curve(run, slots, rounds=rounds, min_seconds=0.01)
