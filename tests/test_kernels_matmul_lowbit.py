@@ -1,18 +1,21 @@
 """Weight-only products: every element and grouping against the dequantized weight, in every form, and its gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from jaxinfer.pallas_kernels._core import targets
 from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.matmul import arg_specs, elements
 from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul, quantize_rows
-from jaxinfer.pallas_kernels.matmul.int8acts.api import FITTING
-from jaxinfer.pallas_kernels.matmul.lowbit import gpu, lowbit_matmul, lowbit_matmul_across
+from jaxinfer.pallas_kernels.matmul.lowbit import digits, gpu, lowbit_matmul, lowbit_matmul_across
+from jaxinfer.pallas_kernels.matmul.sums8 import FITTING
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, contradiction, dequantize, make
 from tests import kernel_checks as checks
 from tests.kernel_checks import assert_close, normal
@@ -71,7 +74,7 @@ def test_products_and_gradients_are_those_of_the_dense_weight(name):
 
     @jax.jit
     def run(few, many, g, w):
-        y, pull = jax.vjp(lambda x: lowbit_matmul(x, w, block=20), few)
+        y, pull = jax.vjp(lambda x: lowbit_matmul(x, w, block=20, impl="blocked"), few)
         return y, lowbit_matmul(many, w, block=20), pull(g)[0], dequantize(w)
 
     y, wide, gradient, whole = run(few, many, g, w)
@@ -79,6 +82,40 @@ def test_products_and_gradients_are_those_of_the_dense_weight(name):
     assert_close((y, gradient), (few @ dense.T, g @ dense))
     assert wide.dtype == jnp.bfloat16
     assert_close(wide, np.float32(many) @ dense.T, "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["int8", "int3"])
+def test_digits_are_as_exact_as_floats(name):
+    """Few rows, of all magnitudes, against float64; a digit too few is seen."""
+    element, groups, options = FORMATS[name]
+    w, dense = random_weight(element, groups, **options)
+    x = jnp.stack([1e-30 * normal(1, (K,))[0], 1e30 * normal(2, (K,))[0]])
+    got = np.asarray(jax.jit(functools.partial(lowbit_matmul, impl="digits"))(x, w), np.float64)
+    assert not np.any(lowbit_matmul(jnp.zeros((1, K)), w, impl="digits"))
+    want = np.asarray(x, np.float64) @ dense.T
+    scale = np.abs(np.asarray(x)).max(-1, keepdims=True) * np.abs(dense).sum(-1)
+    assert (np.abs(got - want) <= 2e-7 * scale).all()
+    codes, unit = (np.asarray(a, np.float64) for a in jax.jit(digits.digits_of)(x))
+    short = (codes[0] + codes[1] / digits.BASE) * unit @ dense.T
+    assert (np.abs(short - want) > 2e-7 * scale).any(), "two digits would pass"
+
+
+@pytest.mark.parametrize("element", ["int3", "int4", "e3m2", "e4m3"])
+@settings(max_examples=4, derandomize=True, deadline=None, database=None)
+@given(
+    m=st.sampled_from([1, 3, 17]),
+    n=st.sampled_from([1, 7, 33]),
+    groups=st.sampled_from([1, 2, 6]),
+    each=st.sampled_from([8, 24]),
+    block=st.sampled_from([1, 5, None]),
+)
+def test_blocks_are_the_reference_for_every_shape(element, m, n, groups, each, block):
+    """Ragged numbers of rows, outputs and groups, one of each, and blocks that reach back."""
+    assume(element not in ("int3", "e3m2") or groups > 1 or each % 16 == 0)
+    w, dense = random_weight(element, groups, n=n, k=groups * each)
+    x = normal(m, (m, groups * each))[0]
+    y = jax.jit(functools.partial(lowbit_matmul, block=block, impl="blocked"))(x, w)
+    assert_close(y, x @ dense.T)
 
 
 INTEGER_CASES = [(name, False) for name, (element, *_) in FORMATS.items() if element in FITTING]

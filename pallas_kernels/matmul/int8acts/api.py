@@ -13,36 +13,18 @@ Stability: experimental.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
-from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS
+from jaxinfer.pallas_kernels.matmul.call import Call, checked_call
 from jaxinfer.pallas_kernels.matmul.int8acts import blocked
 from jaxinfer.pallas_kernels.matmul.int8acts.ref import int8_ref
 from jaxinfer.pallas_kernels.matmul.lowbit.api import cotangents
-from jaxinfer.pallas_kernels.matmul.weight import LowBit, check_product
-
-FITTING = tuple(name for name, kind in ELEMENTS.items() if kind.kind == "int" or kind.top / kind.unit <= 127)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The static things of one call."""
-
-    m: int
-    n: int
-    k: int
-    groups: int
-    element: str
-    dtype: str
-    zeros: bool
-    per_group: bool
-    block: int | None = None
-    interpret: bool = False
+from jaxinfer.pallas_kernels.matmul.sums8 import FITTING
+from jaxinfer.pallas_kernels.matmul.weight import LowBit
 
 
 def int8_matmul(
@@ -59,13 +41,8 @@ def int8_matmul(
     `impl`: "ref", "blocked", "tpu" or None for what fits the platform. Raises ArgumentError for arrays that do not fit
     each other and for elements whose values are no small integers, UnsupportedError for an `impl` that cannot serve.
     """
-    check_product("int8_matmul", x, weight)
+    call = checked_call("int8_matmul", x, weight, block=block, interpret=interpret, per_group=per_group)
     check.choice("int8_matmul", "element", weight.element, FITTING)
-    check.positive("int8_matmul", block=block)
-    call = Call(
-        *(x.shape[0], weight.outputs, weight.inputs, weight.groups, weight.element, str(x.dtype)),
-        *(weight.zeros is not None, per_group, block, interpret),
-    )
     return _differentiable(call, impl, x, weight)
 
 

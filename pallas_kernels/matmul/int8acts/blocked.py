@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxinfer.pallas_kernels.matmul.int8acts.ref import codes8, quantize_rows
+from jaxinfer.pallas_kernels.matmul.int8acts.ref import quantize_rows
 from jaxinfer.pallas_kernels.matmul.lowbit import blocked
-from jaxinfer.pallas_kernels.matmul.weight import LowBit, float_scales, piece, x_pieces
-
-BY_ROWS = (((1,), (1,)), ((), ()))
+from jaxinfer.pallas_kernels.matmul.sums8 import row_sums
+from jaxinfer.pallas_kernels.matmul.weight import LowBit, float_scales
 
 
 def product(x: jax.Array, w: LowBit, per_group: bool) -> jax.Array:
@@ -30,18 +28,7 @@ def product(x: jax.Array, w: LowBit, per_group: bool) -> jax.Array:
     if w.groups > 1:
         exact = xq.astype(x.dtype if x.dtype == jnp.bfloat16 else jnp.float32)  # up to 127: no rounding
         return (blocked.product(exact, w, out=jnp.float32) * sx).astype(x.dtype)
-    y = _one_group(xq, w) * w.kind.unit
+    y = row_sums(xq, w).astype(jnp.float32) * w.kind.unit
     if w.zeros is not None:
         y = y - xq.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32) * w.zeros.T.astype(jnp.float32)
     return (y * float_scales(w).T * sx).astype(x.dtype)
-
-
-def _one_group(xq: jax.Array, w: LowBit) -> jax.Array:
-    """Sums of whole rows, `f32[M, N]`; below 8 bits a piece is unpacked at a time."""
-    m = xq.shape[0]
-    cut = x_pieces(jnp.pad(xq, ((0, 1), (0, 0))) if m == 1 else xq, w)
-    sums = jnp.zeros((cut.shape[1], w.outputs), jnp.int32)
-    for index in range(w.pieces):
-        codes = codes8(piece(w, index), w.element)
-        sums += lax.dot_general(cut[index], codes, BY_ROWS, preferred_element_type=jnp.int32)
-    return sums[:m].astype(jnp.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS, integer
+from jaxinfer.pallas_kernels.matmul.sums8 import codes8
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, fields, float_scales
 
 TOP = 127.0
@@ -24,12 +24,6 @@ def quantize_rows(x: jax.Array, groups: int = 1) -> tuple[jax.Array, jax.Array]:
     scales = jnp.where(absmax == 0, 1.0, jnp.maximum(absmax / TOP, jnp.finfo(jnp.float32).tiny))
     codes = jnp.clip(jnp.round(wide / scales[..., None]), -TOP, TOP).astype(jnp.int8)
     return codes.reshape(x.shape), scales
-
-
-def codes8(field: jax.Array, element: str) -> jax.Array:
-    """Codes of an element, `u8` fields or whole, as `i8` multiples of its unit."""
-    kind = ELEMENTS[element]
-    return field if kind.bits == 8 else integer(field, kind).astype(jnp.int8)
 
 
 def int8_ref(x: jax.Array, w: LowBit, per_group: bool) -> jax.Array:

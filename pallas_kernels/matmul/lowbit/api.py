@@ -11,7 +11,6 @@ Stability: experimental.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -19,24 +18,10 @@ import jax.numpy as jnp
 
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
-from jaxinfer.pallas_kernels.matmul.lowbit import blocked, gpu, tpu
+from jaxinfer.pallas_kernels.matmul.call import Call, checked_call
+from jaxinfer.pallas_kernels.matmul.lowbit import blocked, digits, gpu, tpu
 from jaxinfer.pallas_kernels.matmul.lowbit.ref import lowbit_ref
-from jaxinfer.pallas_kernels.matmul.weight import LowBit, check_product, dequantize
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The static things of one call. `block`: rows of the weight (outputs) at a time."""
-
-    m: int
-    n: int
-    k: int
-    groups: int
-    element: str
-    dtype: str
-    zeros: bool
-    block: int | None = None
-    interpret: bool = False
+from jaxinfer.pallas_kernels.matmul.weight import LowBit, dequantize
 
 
 def lowbit_matmul(
@@ -44,16 +29,11 @@ def lowbit_matmul(
 ) -> jax.Array:
     """`x[M, K]`, `weight` of K inputs and N outputs -> `[M, N]` in the dtype of x.
 
-    Sums are float32. `impl`: "ref", "blocked", "tpu", "gpu" or None for what fits the platform; `block`: outputs at a
-    time; `interpret` runs the TPU form on any machine.
+    Sums are float32. `impl`: "ref", "blocked", "digits" (CPU: few rows, one group), "tpu", "gpu" or None for what fits
+    the platform; `block`: outputs at a time, where a form has blocks; `interpret` runs the TPU form on any machine.
     Raises ArgumentError for arrays that do not fit each other, UnsupportedError for an `impl` that cannot serve.
     """
-    check_product("lowbit_matmul", x, weight)
-    check.positive("lowbit_matmul", block=block)
-    call = Call(
-        *(x.shape[0], weight.outputs, weight.inputs, weight.groups, weight.element, str(x.dtype)),
-        *(weight.zeros is not None, block, interpret),
-    )
+    call = checked_call("lowbit_matmul", x, weight, block=block, interpret=interpret)
     return _differentiable(call, impl, x, weight)
 
 
@@ -76,6 +56,7 @@ def _blocked(call: Call, x: jax.Array, w: LowBit) -> jax.Array:
 FORMS = (
     Form("tpu", tpu.product, platform="tpu", refuses=tpu.refuses),
     Form("gpu", gpu.product, platform="cuda", refuses=gpu.refuses),
+    Form("digits", digits.product, platform="cpu", refuses=digits.refuses),
     Form("blocked", _blocked),
     Form("ref", _ref, automatic=False),
 )
