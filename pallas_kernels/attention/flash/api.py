@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch, named
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.attention.flash import blocked, cudnn, gpu, ref, tpu
+from jaxinfer.pallas_kernels.attention.flash import blocked, cudnn, gpu, ref, splash, tpu
 from jaxinfer.pallas_kernels.attention.flash.call import Call
 from jaxinfer.pallas_kernels.attention.flash.scores import Rules
 
@@ -120,7 +120,10 @@ def _ref_backward(call: Call, q, k, v, q_lengths, kv_lengths, slopes, out, lse, 
     return pull((dout, dlse))
 
 
+# On a TPU jax's kernel comes first where it serves: models are trained with it, and ours have not run on one. Backward
+# ours come first: they start from the results that are there, and splash attention runs forward again for its own.
 FORWARD = (
+    Form("splash", splash.forward, platform="tpu", refuses=splash.refuses),
     Form("tpu", tpu.forward, platform="tpu", refuses=tpu.refuses),
     Form("cudnn", cudnn.forward, platform="cuda", refuses=cudnn.refuses),
     Form("gpu", gpu.forward, platform="cuda", refuses=gpu.refuses),
@@ -129,6 +132,7 @@ FORWARD = (
 )
 BACKWARD = (
     Form("tpu", tpu.backward, platform="tpu", refuses=tpu.refuses),
+    Form("splash", splash.backward, platform="tpu", refuses=splash.refuses),
     Form("cudnn", cudnn.backward, platform="cuda", refuses=cudnn.refuses),
     Form("gpu", gpu.backward, platform="cuda", refuses=gpu.refuses),
     Form("blocked", blocked.backward),
