@@ -22,9 +22,10 @@ from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.linear import arguments
+from jaxinfer.pallas_kernels.linear import gpu as shared_gpu
 from jaxinfer.pallas_kernels.linear import tpu as shared_tpu
 from jaxinfer.pallas_kernels.linear.arguments import Call
-from jaxinfer.pallas_kernels.linear.gla import blocked, ref, tpu
+from jaxinfer.pallas_kernels.linear.gla import blocked, gpu, ref, tpu
 
 Array = jax.Array
 OP = "gla"
@@ -48,7 +49,7 @@ def gla(
     q, k and v share a dtype (float32, bfloat16 or float16), which is out's; the state is float32. `log_gate` (that
     dtype or float32) is the natural logarithm of each channel's decay, at most 0 and down to -inf. `state` is what came
     before (zeros if None). Of row b only the first `lengths[b]` tokens count: behind them out is 0 and the state stays.
-    `impl` names a form (`ref`, `blocked`, `tpu`), `block` the tokens in a chunk. Differentiable in
+    `impl` names a form (`ref`, `blocked`, `tpu`, `gpu`), `block` the tokens in a chunk. Differentiable in
     all arrays but `lengths`.
 
     Raises ArgumentError before tracing for ranks, sizes, dtypes and values that do not fit, and UnsupportedError
@@ -88,6 +89,12 @@ def _check_gate(op: str, log_gate: Array, pattern: str, q: Array) -> None:
 
 
 FORWARD = (
+    Form(
+        "gpu",
+        lambda call, *x: gpu.forward(*x, scale=call.scale, interpret=call.interpret),
+        platform="cuda",
+        refuses=shared_gpu.refuses,
+    ),
     Form("tpu", lambda call, *x: tpu.forward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
     Form("ref", lambda call, *x: ref.recurrent(*x, scale=call.scale), automatic=False),
@@ -100,6 +107,12 @@ def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
 
 
 BACKWARD = (
+    Form(
+        "gpu",
+        lambda call, *x: gpu.backward(*x, scale=call.scale, interpret=call.interpret),
+        platform="cuda",
+        refuses=shared_gpu.refuses,
+    ),
     Form("tpu", lambda call, *x: tpu.backward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),
     Form("ref", _ref_backward, automatic=False),

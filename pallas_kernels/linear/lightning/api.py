@@ -24,6 +24,7 @@ from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.linear import arguments
+from jaxinfer.pallas_kernels.linear import gpu as shared_gpu
 from jaxinfer.pallas_kernels.linear import tpu as shared_tpu
 from jaxinfer.pallas_kernels.linear.arguments import Call
 from jaxinfer.pallas_kernels.linear.lightning import blocked, gpu, ref, tpu
@@ -50,7 +51,7 @@ def lightning(
     q, k and v share a dtype (float32, bfloat16 or float16), which is out's; the state is float32. `log_decay` is the
     natural logarithm of a token's decay, at most 0. `state` is what came before (zeros if None). Of row b only the
     first `lengths[b]` tokens count: behind them out is 0 and the state stays. `impl` names a form (`ref`, `blocked`,
-    `tpu`, `gpu`: forward only), `block` the tokens in a chunk. Differentiable in all arrays but `lengths`.
+    `tpu`, `gpu`), `block` the tokens in a chunk. Differentiable in all arrays but `lengths`.
 
     Raises ArgumentError before tracing for ranks, sizes, dtypes and values that do not fit, and UnsupportedError
     where the form named cannot serve.
@@ -95,7 +96,7 @@ FORWARD = (
         "gpu",
         lambda call, *x: gpu.forward(*x, scale=call.scale, interpret=call.interpret),
         platform="cuda",
-        refuses=gpu.refuses,
+        refuses=shared_gpu.refuses,
     ),
     Form("tpu", lambda call, *x: tpu.forward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
@@ -115,9 +116,9 @@ def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
 BACKWARD = (
     Form(
         "gpu",
-        blocked.backward,
+        lambda call, *x: gpu.backward(*x, scale=call.scale, interpret=call.interpret),
         platform="cuda",
-        refuses=lambda call: "the gradient has no GPU kernel, only the forward",
+        refuses=shared_gpu.refuses,
     ),
     Form("tpu", lambda call, *x: tpu.backward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
     Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),

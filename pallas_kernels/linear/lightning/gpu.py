@@ -1,16 +1,16 @@
-"""Lightning Attention-2 as a Hopper kernel (Qin et al., 2024, arXiv 2401.04658): the state stays in registers.
+"""Lightning Attention-2 on Hopper (Qin et al., 2024, arXiv 2401.04658): linear/gpu.py with a constant decay.
 
-A warpgroup takes a head and 64 channels of v, and goes through the sequence in chunks of 64 tokens: q, k and v by TMA
-into two buffers, scores and outputs by wgmma, and the float32 state [K, 64] as an accumulator that only its rounded
-copy leaves, to be multiplied with q from shared memory. Forward only. It has been compiled for the H200, not run.
+Forward, a warpgroup takes a piece of a head's sequence and 64 channels of v, and goes through it in chunks of 64
+tokens: q, k and v by TMA into two buffers, scores and outputs by wgmma, the float32 state [K, 64] in registers.
+Backward, the states are written out and every chunk is a block of its own.
 
 Stability: experimental.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,143 +18,159 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels.linear import gpu
 from jaxinfer.pallas_kernels.linear.arguments import padded
+from jaxinfer.pallas_kernels.linear.gpu import CHUNK, LOG2_E, product, put, tile
 
 Array = jax.Array
-CHUNK = 64
-LOG2_E = math.log2(math.e)
-
-
-def refuses(call: Any) -> str | None:
-    """Why this kernel cannot serve the call, or None."""
-    if reason := mosaic_gpu_refuses():
-        return reason
-    if call.dtype not in ("bfloat16", "float16"):
-        return f"wgmma takes 16-bit floats, q is {call.dtype}"
-    if call.key_dim not in (64, 128) or call.value_dim % 64:
-        return f"head sizes K of 64 or 128 and V a multiple of 64, got {call.key_dim} and {call.value_dim}"
-    if call.block not in (None, CHUNK):
-        return f"block is {CHUNK}, got {call.block}"
-    return None
 
 
 def forward(
     q: Array, k: Array, v: Array, log_decay: Array, lengths: Array, state: Array, *, scale: float, interpret: bool
 ) -> tuple[Array, Array]:
-    """As blocked.forward, for shapes that `refuses` lets pass."""
-    plgpu = _mosaic_gpu()
-    tokens = [padded(x, CHUNK) for x in (q, k, v)]
-    qs, ks, vs = (x.reshape(-1, *x.shape[2:]) for x in tokens)
-    heads, dtype, (rows, length, key_dim) = q.shape[1], q.dtype, qs.shape
-    tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # the same 128 bytes in float32
-
-    def kernel(*refs: Any) -> None:
-        _kernel(*refs, heads=heads, chunks=length // CHUNK, scale=scale, interpret=interpret)
-
-    run = plgpu.kernel(
-        kernel,
-        out_type=[
-            jax.ShapeDtypeStruct(vs.shape, dtype),
-            jax.ShapeDtypeStruct((rows, key_dim, v.shape[-1]), jnp.float32),
-        ],
-        grid=(rows, v.shape[-1] // 64),
-        grid_names=("row", "channels"),
-        scratch_types=[
-            plgpu.SMEM((2, CHUNK, key_dim), dtype, transforms=tiles),
-            plgpu.SMEM((2, CHUNK, key_dim), dtype, transforms=tiles),
-            plgpu.SMEM((2, CHUNK, 64), dtype, transforms=tiles),
-            plgpu.SMEM((CHUNK, 64), dtype, transforms=tiles),  # v, decayed to the chunk's end
-            plgpu.SMEM((key_dim, 64), dtype, transforms=tiles),  # the state, rounded
-            plgpu.SMEM((CHUNK, 64), dtype, transforms=tiles),  # out
-            plgpu.SMEM((CHUNK if interpret else 8, CHUNK), dtype, transforms=tiles),  # scores
-            plgpu.SMEM((key_dim, 64), jnp.float32, transforms=wide),  # the state, on its way in and out
-            plgpu.Barrier(num_arrivals=3, num_barriers=2),
-            plgpu.Barrier(),
-        ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
-    )
-    out, last = run(qs, ks, vs, log_decay * LOG2_E, lengths, state.reshape(rows, *state.shape[2:]))
-    return out.reshape(tokens[2].shape)[:, :, : v.shape[2]], last.reshape(state.shape)
+    """As blocked.forward, for shapes that linear/gpu.py serves."""
+    count = gpu.pieces_of(q, v)
+    qs, ks, vs = (gpu.flat(padded(x, CHUNK * count), count) for x in (q, k, v))
+    decays = _Decays.of(log_decay, lengths, qs, count, scale)
+    first = state.reshape(-1, *state.shape[2:])
+    if count > 1:
+        first = gpu.firsts(_times(ks, decays.out), vs, decays.over, first, count, interpret=interpret)
+    (rows, length, keys), values, dtype = qs.shape, vs.shape[-1], q.dtype
+    buffers = {
+        "q_s": tile(dtype, CHUNK, keys, 2),
+        "k_s": tile(dtype, CHUNK, keys, 2),
+        "v_s": tile(dtype, CHUNK, 64, 2),
+        "added_s": tile(dtype, CHUNK, 64),  # v, decayed to the chunk's end
+        "state_s": tile(dtype, keys, 64),
+        "scores_s": tile(dtype, CHUNK, CHUNK),
+        "out_s": tile(dtype, CHUNK, 64),
+        "wide_s": tile("float32", keys, 64),  # the state, on its way in and out
+        "here": gpu.mosaic_gpu().Barrier(num_arrivals=3, num_barriers=2),
+        "loaded": gpu.mosaic_gpu().Barrier(),
+    }
+    found = gpu.run(
+        functools.partial(_forward_kernel, chunks=length // CHUNK, scale=scale),
+        {"q": qs, "k": ks, "v": vs, "slope": decays.slope * LOG2_E, "length": decays.length, "first": first},
+        {"out": jax.ShapeDtypeStruct(vs.shape, dtype), "last": jax.ShapeDtypeStruct(first.shape, jnp.float32)},
+        buffers, {"row": rows, "channels": values // 64}, interpret,
+    )  # fmt: skip
+    return gpu.whole(found["out"], v), gpu.piece(found["last"], count, -1).reshape(state.shape)
 
 
-def _mosaic_gpu() -> Any:
-    """The module that builds Hopper kernels, imported where it is used: before jax 0.11 the import needs absl."""
-    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+def backward(
+    q: Array, k: Array, v: Array, log_decay: Array, lengths: Array, state: Array, d_out: Array, d_state: Array,
+    *, scale: float, interpret: bool,
+) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    """As blocked.backward."""
+    count = gpu.pieces_of(q, v)
+    qs, ks, vs, ds = (gpu.flat(padded(x, CHUNK * count), count) for x in (q, k, v, d_out.astype(q.dtype)))
+    decays = _Decays.of(log_decay, lengths, qs, count, scale)
+    read, write = _times(qs, decays.into), _times(ks, decays.out)
+    met, _, d_met, d_first, sums = gpu.both_ways(read, write, vs, ds, decays.over, state, d_state, count, interpret)
+    scores = functools.partial(_scores, decays.slope * LOG2_E, scale=scale, interpret=interpret)
+    a, d_a = scores(qs, ks), scores(ds, vs)
+    turned = functools.partial(gpu.read, a_turned=True, interpret=interpret)
+    dv = turned(a, ds, write, d_met, dtype=v.dtype)
+    dq = gpu.read(d_a, ks, _times(ds, decays.into), met, dtype="float32", met_turned=True, interpret=interpret)
+    dk = turned(d_a, qs, _times(vs, decays.out), d_met, dtype="float32", met_turned=True)
+    # A token's decay scales what crosses it; what later tokens read and earlier ones did not write, and the new state.
+    crossing = (qs * dq - ks * dk).sum(-1).reshape(decays.passed.shape)
+    d_decay = (decays.passed * crossing).sum(-1) + decays.passed[..., -1] * sums.sum(-1)
+    d_decay = d_decay.sum(1).reshape(q.shape[0], q.shape[1], count).sum((0, 2))
+    dq, dk = (gpu.whole(x.astype(q.dtype), q) for x in (dq, dk))
+    return dq, dk, gpu.whole(dv, v), d_decay, d_first
 
 
-def _kernel(
-    q_g: Any, k_g: Any, v_g: Any, slope_g: Any, lengths_g: Any, first_g: Any, out_g: Any, last_g: Any,
-    q_s: Any, k_s: Any, v_s: Any, w_s: Any, state_s: Any, out_s: Any, scores_s: Any, wide_s: Any,
-    ready: Any, loaded: Any,
-    *, heads: int, chunks: int, scale: float, interpret: bool,
-) -> None:  # fmt: skip
-    plgpu = _mosaic_gpu()
+@dataclasses.dataclass(frozen=True)
+class _Decays:
+    """Of the pieces' rows R and their N chunks, all f32 but `length`."""
+
+    slope: Array  # [R], the logarithm of a token's decay
+    length: Array  # i32 [R], true tokens
+    passed: Array  # [R, N, 64], steps of decay from the chunk's start up to a token
+    into: Array  # [R, T, 1], from the chunk's start to a token, scaled
+    out: Array  # [R, T, 1], from a token to the chunk's end
+    over: Array  # [R, N, K], across the chunk
+
+    @classmethod
+    def of(cls, log_decay: Array, lengths: Array, q: Array, pieces: int, scale: float) -> _Decays:
+        """q [R, T, K] in pieces."""
+        rows, size, keys = q.shape
+        heads = log_decay.shape[0]
+        slope = jnp.tile(jnp.repeat(log_decay, pieces), lengths.shape[0])
+        length = jnp.clip(lengths[:, None, None] - jnp.arange(pieces) * size, 0, size)
+        length = jnp.broadcast_to(length, (lengths.shape[0], heads, pieces)).reshape(rows)
+        true = jnp.clip(length[:, None] - jnp.arange(size // CHUNK) * CHUNK, 0, CHUNK)
+        passed = jnp.minimum(jnp.arange(CHUNK) + 1, true[..., None]).astype(jnp.float32)
+        by = slope[:, None, None]
+        over = jnp.exp(by * true[..., None])
+        into, out = scale * jnp.exp(by * passed), jnp.exp(by * (true[..., None] - passed))
+        into, out = (x.reshape(rows, size, 1) for x in (into, out))
+        return cls(slope, length, passed, into, out, jnp.broadcast_to(over, (*true.shape, keys)))
+
+
+def _times(x: Array, decay: Array) -> Array:
+    return (x * decay).astype(x.dtype)
+
+
+def _scores(slope: Array, x: Array, y: Array, *, scale: float, interpret: bool) -> Array:
+    """scale x y^T of the tokens of each chunk, decayed from column to row, nothing above the diagonal: [R, T, 64]."""
+    rows, length, size = x.shape
+    buffers = {
+        "x_s": tile(x.dtype, CHUNK, size),
+        "y_s": tile(x.dtype, CHUNK, size),
+        "out_s": tile(x.dtype, CHUNK, CHUNK),
+        "here": gpu.mosaic_gpu().Barrier(num_arrivals=2),
+    }
+
+    def kernel(r: dict[str, Any]) -> None:
+        row, tokens = lax.axis_index("row"), pl.ds(lax.axis_index("chunk") * CHUNK, CHUNK)
+        gpu.load(r, {name: r[name].at[row, tokens] for name in ("x", "y")})
+        scores = product(r["x_s"], r["y_s"].transpose((1, 0)), (CHUNK, CHUNK))
+        gpu.store(_decayed(scores, r["slope"][row], scale), r["out_s"], r["out"].at[row, tokens])
+
+    out = {"out": jax.ShapeDtypeStruct((rows, length, CHUNK), x.dtype)}
+    grid = {"chunk": length // CHUNK, "row": rows}
+    return gpu.run(kernel, {"x": x, "y": y, "slope": slope}, out, buffers, grid, interpret)["out"]
+
+
+def _decayed(scores: Array, slope: Any, scale: float) -> Array:
+    age = (gpu.numbers(0) - gpu.numbers(1)).astype(jnp.float32)
+    return jnp.where(age >= 0, scores * (jnp.exp2(slope * jnp.maximum(age, 0.0)) * scale), 0.0)
+
+
+def _forward_kernel(r: dict[str, Any], *, chunks: int, scale: float) -> None:
+    plgpu = gpu.mosaic_gpu()
     row, channels = lax.axis_index("row"), pl.ds(lax.axis_index("channels") * 64, 64)
-    slope, true_length = slope_g[row % heads], lengths_g[row // heads]
-    layout = plgpu.Layout.WGMMA
-    dtype = q_s.dtype
+    slope, length = r["slope"][row], r["length"][row]
 
     def fetch(i: Any) -> None:
         tokens, slot = pl.ds(i * CHUNK, CHUNK), lax.rem(i, 2)
-        plgpu.copy_gmem_to_smem(q_g.at[row, tokens], q_s.at[slot], ready.at[slot])
-        plgpu.copy_gmem_to_smem(k_g.at[row, tokens], k_s.at[slot], ready.at[slot])
-        plgpu.copy_gmem_to_smem(v_g.at[row, tokens, channels], v_s.at[slot], ready.at[slot])
-
-    def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
-        def run(acc: Any) -> Array:
-            plgpu.wgmma(acc, a, b)
-            return acc[...]
-
-        return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
-
-    def added(start: Array, a: Any, b: Any) -> Array:
-        if interpret:
-            return start + product(a, b, start.shape)
-        return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
-
-    def numbers(shape: tuple[int, int], axis: int) -> Array:
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout).astype(jnp.float32)
+        for name, source in (
+            ("q", r["q"].at[row, tokens]), ("k", r["k"].at[row, tokens]), ("v", r["v"].at[row, tokens, channels])
+        ):  # fmt: skip
+            plgpu.copy_gmem_to_smem(source, r[f"{name}_s"].at[slot], r["here"].at[slot])
 
     def step(i: Any, state: Array) -> Array:
         slot = lax.rem(i, 2)
-
-        @pl.when(i + 1 < chunks)
-        def _() -> None:
-            fetch(i + 1)
-
-        plgpu.barrier_wait(ready.at[slot])
-        q, k, v = q_s.at[slot], k_s.at[slot], v_s.at[slot]
-        count = jnp.clip(true_length - i * CHUNK, 0, CHUNK).astype(jnp.float32)
-        age = numbers((CHUNK, CHUNK), 0) - numbers((CHUNK, CHUNK), 1)
-        scores = product(q, k.transpose((1, 0)), (CHUNK, CHUNK))
-        weights = jnp.exp2(slope * jnp.maximum(age, 0.0)) * scale
-        scores = jnp.where(age >= 0, scores * weights, 0.0).astype(dtype)
-
-        passed = jnp.minimum(numbers((CHUNK, 64), 0) + 1, count)
-        state_s[...] = state.astype(dtype)
-        w_s[...] = (v[...].astype(jnp.float32) * jnp.exp2(slope * (count - passed))).astype(dtype)
-        plgpu.commit_smem()
-        out = product(q, state_s, (CHUNK, 64)) * (jnp.exp2(slope * passed) * scale)
-        if interpret:  # the interpreter multiplies only what is in shared memory
-            scores_s[...] = scores
-        out = added(out, scores_s if interpret else scores, v)
-        state = added(state * jnp.exp2(slope * count), k.transpose((1, 0)), w_s)
-
-        plgpu.wait_smem_to_gmem(0)
-        out_s[...] = out.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * CHUNK, CHUNK), channels])
-        return state
+        plgpu.commit_smem()  # one thread fetches: all warps must be past their products of what it overwrites
+        pl.when(i + 1 < chunks)(lambda: fetch(i + 1))
+        plgpu.barrier_wait(r["here"].at[slot])
+        q, k, v = (r[f"{name}_s"].at[slot] for name in "qkv")
+        count = jnp.clip(length - i * CHUNK, 0, CHUNK).astype(jnp.float32)
+        scores = put(r["scores_s"], _decayed(product(q, k.transpose((1, 0)), (CHUNK, CHUNK)), slope, scale))
+        passed = jnp.minimum(gpu.numbers(0, (CHUNK, 64)).astype(jnp.float32) + 1, count)
+        out = product(q, put(r["state_s"], state), (CHUNK, 64)) * (jnp.exp2(slope * passed) * scale)
+        out += product(scores, v, (CHUNK, 64))
+        added = put(r["added_s"], v[...].astype(jnp.float32) * jnp.exp2(slope * (count - passed)))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        put(r["out_s"], out)
+        plgpu.copy_smem_to_gmem(r["out_s"], r["out"].at[row, pl.ds(i * CHUNK, CHUNK), channels])
+        return state * jnp.exp2(slope * count) + product(k.transpose((1, 0)), added, state.shape)
 
     fetch(0)
-    plgpu.copy_gmem_to_smem(first_g.at[row, :, channels], wide_s, loaded)
-    plgpu.barrier_wait(loaded)
-    state = plgpu.layout_cast(wide_s[...], layout)
+    plgpu.copy_gmem_to_smem(r["first"].at[row, :, channels], r["wide_s"], r["loaded"])
+    plgpu.barrier_wait(r["loaded"])
+    state = plgpu.layout_cast(r["wide_s"][...], plgpu.Layout.WGMMA)
     state = lax.fori_loop(0, chunks, step, state)
-    wide_s[...] = state
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(wide_s, last_g.at[row, :, channels])
-    plgpu.wait_smem_to_gmem(0)
+    gpu.store(state, r["wide_s"], r["last"].at[row, :, channels])
