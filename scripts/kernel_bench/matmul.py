@@ -1,4 +1,5 @@
-"""Products with weights of few bits beside the float products that they replace: XLA's and torch's, both dtypes."""
+"""Products with weights of few bits beside the float products that they replace: XLA's and torch's, both dtypes; and
+products of few rows with dense weights beside the best product of one row, which reads the same bytes."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.pallas_kernels.matmul.arg_specs import FORMATS
+from jaxinfer.pallas_kernels.matmul.dense import dense as few_rows
+from jaxinfer.pallas_kernels.matmul.dense import dense_transposed
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS
 from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul
 from jaxinfer.pallas_kernels.matmul.lowbit import lowbit_matmul
@@ -20,13 +23,18 @@ from jaxinfer.pallas_kernels.matmul.weight import LowBit, make
 from .case import Case, unavailable
 
 SIZES = (2048, 4096)
-ROWS = (1, 8, 16, 64, 256)
+ROWS = (1, 8, 16, 64, 512)
+FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 INTEGER_ACTIVATIONS = {"W8A8": "int8", "W8A8 group=128": "int8 group=128", "W4A8 group=64 zeros": "int4 group=64 zeros"}
 PEERS = ("x @ w float32", "x @ w bfloat16")
 
 
 def cases() -> Iterator[Case]:
     for size in SIZES:
+        for rows in FEW_ROWS:
+            for op in (few_rows, dense_transposed):
+                for dtype in ("float32", "bfloat16"):
+                    yield dense_product(op, rows, size, dtype)
         for rows in ROWS:
             for name, form in INTEGER_ACTIVATIONS.items():
                 # Asked for at 8 to 64 rows: 1.5 times float32. The targets are of int8 weights, a scale a channel.
@@ -36,6 +44,37 @@ def cases() -> Iterator[Case]:
                 for dtype in ("float32", "bfloat16"):
                     # Never slower than 1.1 times the float product, whichever dtype is faster.
                     yield product("weight only", form, lowbit_matmul, rows, size, dtype, dict.fromkeys(PEERS, 1 / 1.1))
+
+
+def dense_product(op: Callable[..., jax.Array], m: int, size: int, dtype: str) -> Case:
+    """`x[m, size]` by a square weight. The peer "one row" is the faster op's product of one row, float32.
+
+    Asked for at 4096: 2 to 8 rows within 1.4 times one row's best time, 16 within 1.9; at 2048: 1.5 times as fast as
+    `x @ w`, or as fast where that is at the target already.
+    """
+    x, w = jnp.asarray(np.random.default_rng(m).normal(size=(m, size)), dtype), dense(size, dtype)
+    runs = {
+        "ours": functools.partial(jax.jit(op), x, w),
+        "one row": functools.partial(jax.jit(few_rows), x[:1].astype("float32"), dense(size, "float32")),
+        "one row, transposed": functools.partial(
+            jax.jit(dense_transposed), x[:1].astype("float32"), dense(size, "float32")
+        ),
+        f"x @ w {dtype}": functools.partial(_xla, x, w),
+        f"x @ w.T {dtype}": functools.partial(_xla_transposed, x, w),
+        f"torch {dtype}": torch_linear(x, size, dtype),
+    }
+    target = {8: 1 / 1.4, 16: 1 / 1.9}.get(8 if 2 <= m <= 8 else m)
+    few = dtype == "float32" and target is not None
+    return Case(
+        op=op.__name__,
+        shape=f"{m}x{size}x{size}",
+        dtype=dtype,
+        direction="forward",
+        runs=runs,
+        flops=2 * m * size * size,
+        bytes=w.nbytes + 2 * m * size * x.dtype.itemsize,
+        targets={"one row": target, "one row, transposed": target} if few and size == 4096 else {},
+    )
 
 
 def product(op: str, form: str, function: Any, m: int, size: int, dtype: str, targets: dict[str, float]) -> Case:
@@ -62,6 +101,11 @@ def product(op: str, form: str, function: Any, m: int, size: int, dtype: str, ta
 @jax.jit
 def _xla(x: jax.Array, w: jax.Array) -> jax.Array:
     return x @ w
+
+
+@jax.jit
+def _xla_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w.T
 
 
 @functools.lru_cache(maxsize=4)
