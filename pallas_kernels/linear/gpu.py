@@ -1,11 +1,11 @@
 """The chunked form of linear attention on Hopper: what Lightning attention and GLA share, in Mosaic GPU.
 
-Work is split so that few heads fill the machine. `states` walks the chunks of a row of `heads x pieces` and writes the
-state that each chunk meets; all else is a block a chunk: what tokens of a chunk see of each other (`a`, from the op's
-own kernel), and `read`, which adds what they see of the state. A piece is a part of the sequence; where heads are few
-each is cut in pieces, whose first states come from a pass before (Sun et al., 2024, arXiv 2405.17381, cut sequences so
-between devices). The gradient is the same kernels over the transposed products: gradients of the state go backward in
-time, `dv = a^T do + (k out) dS`, and so on.
+Work is split so that few heads fill the machine. `states` walks the chunks of a row and writes the state that each
+meets; all else is a block a chunk: what tokens of a chunk see of each other (`a`, from the op's own kernel), and
+`read`, which adds what they see of the state. A row is a head's sequence, or, where heads are few, a piece of it, whose
+first state comes from a pass before (as LASP does between devices: Sun et al., 2024, arXiv 2404.02882). The gradient
+is the same kernels over the transposed products: gradients of the state go backward in time,
+`dv = a^T do + (k out) dS`, and so on.
 
 Operands of products are read from shared memory, which Mosaic's interpreter asks for. Compiled for the H200 without
 spills (tests/budgets); not run on one yet.
