@@ -53,7 +53,8 @@ def test_a_row_of_every_parameter():
     p = request.params
     assert (p.top_k, p.logprobs, p.temperature, p.logit_bias) == (0, 3, 1.0, ((3, 1.5), (7, -5.0)))
     assert p.stop == ("\n", "END") and p.bad_words == ("x",) and p.seed == 3 and p.n == 2
-    assert {name for name in NAMES if name not in row} == {"max_completion_tokens", "echo"}
+    grammars = {"json_schema", "regex", "grammar", "response_format", "guided_json", "guided_regex", "guided_grammar"}
+    assert {name for name in NAMES if name not in row} == {"max_completion_tokens", "echo", *grammars}
 
 
 def test_an_openai_row():
@@ -150,7 +151,7 @@ def test_preparing_checks_vocabulary_and_room():
 
 def test_options_and_rows_come_from_one_table():
     listed = options()
-    assert [o.name for o in listed] == [p.name for p in TABLE]
+    assert [o.name for o in listed] == [p.name for p in TABLE if p.name != "response_format"]
     assert {o.flag for o in listed} >= {"--max-tokens", "--top-p", "--logit-bias", "--stop"}
     assert all(o.help for o in listed)
     assert from_options({"temperature": 0.5, "stop": ["a", "b"], "logit_bias": '{"3": 1}', "seed": None}) == (

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.batch.manifest import Survey
+from jaxinfer.batch.params import CONSTRAINTS
 from jaxinfer.batch.requests import Limits
 from jaxinfer.batch.runner import Admission, Event, Look
 from jaxinfer.decode import loop
 from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
+from jaxinfer.decode.constrained import Constrained
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.types import Reason, Step
 from jaxinfer.errors import ConfigError
@@ -37,6 +39,7 @@ class Settings:
     `capacity`: tokens of prompt and answer that a slot holds; `max_tokens`: of the answer; `steps` between two looks
     of the host; `prefill_rows` at a time, in the smallest of `prefill_widths` that holds the prompt; the rest is the
     room for per-row lists (`top_logprobs` None: no log-probabilities) and what the executable computes (`features`).
+    `grammars`: some row has one, so that all steps are run in pieces, with the host's masks in between.
     """
 
     slots: int
@@ -51,6 +54,7 @@ class Settings:
     stop_ids: int = 1
     top_logprobs: int | None = None
     features: tuple[str, ...] = ()
+    grammars: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prefill_widths", "features"):
@@ -102,6 +106,7 @@ class Settings:
             stop_ids=max(1, survey.stop_ids + eos_ids),
             top_logprobs=survey.top_logprobs if "logprobs" in used else None,
             features=tuple(name for name, on in features.items() if on),
+            grammars=bool(used & set(CONSTRAINTS)),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +121,7 @@ class Settings:
     @property
     def limits(self) -> Limits:
         """What a row may ask for."""
-        return Limits(self.capacity, self.bias, self.forced, self.stop_ids, self.top_logprobs or 0)
+        return Limits(self.capacity, self.bias, self.forced, self.stop_ids, self.top_logprobs or 0, self.grammars)
 
     def width(self, tokens: int) -> int:
         """The prefill width of a prompt of so many tokens."""
@@ -157,6 +162,10 @@ class DecodeEngine:
         self._filled: set[int] = set()
         self._ended = np.zeros(self.slots, bool)
         self._state: Any = None
+        # Without jumps every step has the same shapes, whatever the rows beside it, and so a row's bits are its own.
+        self._constrained = Constrained(
+            step, params, [None] * self.slots, config=self._config, draft_params=draft_params, jump=False
+        )
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Prefills the rows, `prefill_rows` of one width at a time, and puts them into their slots."""
@@ -174,15 +183,13 @@ class DecodeEngine:
         """`steps` steps for all slots, and what they brought."""
         s = self.settings
         self._say(f"decoding: {s.slots} rows of {s.capacity} tokens, {s.steps} steps at a time")
-        self._state, seen = _advance(
-            self._params,
-            self._draft_params,
-            self._state,
-            self._ended,
-            step=self._step,
-            config=self._config,
-            steps=s.steps,
-        )
+        if s.grammars:
+            seen = self._advance_constrained()
+        else:
+            self._state, seen = _advance(
+                self._params, self._draft_params, self._state, self._ended,
+                step=self._step, config=self._config, steps=s.steps,
+            )  # fmt: skip
         self._ended = np.zeros(self.slots, bool)
         seen = jax.device_get(seen)
         events = [self._event(slot, seen) for slot in sorted(self._filled)]
@@ -199,6 +206,7 @@ class DecodeEngine:
         """An empty state."""
         self._filled.clear()
         self._ended = np.zeros(self.slots, bool)
+        self._constrained.matchers = [None] * self.slots
         self._state = None  # frees the old one's memory first
         sampling, keys = _rows([], self.settings)
         tokens, lengths = np.zeros((self.slots, 1), np.int32), np.ones(self.slots, np.int32)
@@ -226,8 +234,16 @@ class DecodeEngine:
             step=self._step, config=self._config, capacity=s.capacity,
         )  # fmt: skip
         for admission in group:
+            matcher = admission.row.matcher
+            self._constrained.matchers[admission.slot] = None if matcher is None else matcher.fork()
             self._filled.add(admission.slot)
             self._ended[admission.slot] = False
+
+    def _advance_constrained(self) -> "_Seen":
+        state = _finish(self._state, self._ended)
+        before, forwards = np.array(state.seq.length), np.array(state.stats.forwards)  # copies: the state is given up
+        self._state = self._constrained.advance(state, self.settings.steps)
+        return _look(self._state, before, forwards, config=self._config, steps=self.settings.steps)
 
     def _event(self, slot: int, seen: "_Seen") -> Event:
         n = int(seen.n[slot])
@@ -314,6 +330,11 @@ def _advance(params, draft_params, state, ended, *, step, config, steps):
     state = loop.finish(state, ended)
     before, forwards = state.seq.length, state.stats.forwards
     state = loop.advance(step, params, state, config=config, steps=steps, draft_params=draft_params)
+    return state, _seen(state, before, forwards, config, steps)
+
+
+def _seen(state: loop.State, before: jax.Array, forwards: jax.Array, config: Config, steps: int) -> _Seen:
+    """What came since the lengths were `before` and the counts `forwards`."""
     seq = state.seq
     index = jnp.arange(steps * (config.drafter.depth + 1), dtype=jnp.int32)[None]
     tokens = jnp.take_along_axis(seq.tokens, before[:, None] + index, 1, mode="clip")
@@ -325,4 +346,8 @@ def _advance(params, draft_params, state, ended, *, step, config, steps):
             jnp.take_along_axis(x, at[..., None], 1, mode="clip") for x in (state.logprobs.top_ids, state.logprobs.top)
         )
     made = (state.stats.forwards - forwards).max()
-    return state, _Seen(tokens, seq.length - before, seq.reason, made, chosen, top_ids, top)
+    return _Seen(tokens, seq.length - before, seq.reason, made, chosen, top_ids, top)
+
+
+_finish = Program(loop.finish, donate_argnames=("state",))
+_look = Program(_seen, static_argnames=("config", "steps"))

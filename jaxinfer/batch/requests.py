@@ -9,7 +9,7 @@ Stability: experimental.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from jaxinfer.batch.params import MAX_TOKEN_ID, NAMES, SamplingParams, is_text, show
@@ -86,7 +86,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as the model takes it: token ids, at most `limit` answer tokens, bias (-inf bans), ids that end it."""
+    """A request as the model takes it: token ids, at most `limit` answer tokens, bias (-inf bans), ids that end it, and
+    the matcher of its grammar (`decode.grammar.Matcher`) at the answer's start."""
 
     request: Request
     tokens: tuple[int, ...]
@@ -94,6 +95,7 @@ class Prepared:
     bias: tuple[tuple[int, float], ...]
     forced: tuple[int, ...]
     stop_ids: tuple[int, ...]
+    matcher: Any = field(default=None, compare=False)
 
 
 def identity(row_id: str | int) -> bytes:
@@ -194,19 +196,20 @@ def _prepare(request: Request, codec: Codec, limits: Limits) -> Prepared:
     ):
         if got > room:
             raise InputError(f"{name}: got {got} entries; accepted: at most {room} in this job")
-    if params.constraint is not None:
-        _check_constraint(params, codec, limits)
     limit = min(params.max_tokens, limits.max_length - len(tokens))
-    return Prepared(request, tokens, limit, bias, params.forced_tokens, stop_ids)
+    matcher = None if params.constraint is None else _matcher(params, codec, limits)
+    return Prepared(request, tokens, limit, bias, params.forced_tokens, stop_ids, matcher)
 
 
-def _check_constraint(params: SamplingParams, codec: Codec, limits: Limits) -> None:
-    """Compiles the row's grammar, so that what it cannot honour is told before anything runs."""
+def _matcher(params: SamplingParams, codec: Codec, limits: Limits) -> Any:
+    """The row's grammar compiled, so that what cannot be honoured is told before anything runs."""
     kind, text = params.constraint or ("", "")
     if not limits.grammars:
-        raise InputError(f"{kind}: got one; accepted: none in a batch job, whose rows share their steps on the device")
-    if not codec.matcher(kind, text).begins(params.forced_tokens):
+        raise InputError(f"{kind}: got one; accepted: none where rows share an executable without grammars")
+    matcher = codec.matcher(kind, text)
+    if not matcher.begins(params.forced_tokens):
         raise InputError(f"forced_tokens: got tokens that the {kind} forbids; accepted: a beginning that it allows")
+    return matcher
 
 
 def _banned(words: Sequence[str], codec: Codec) -> list[int]:

@@ -105,7 +105,7 @@ def dry_run(asked: Asked) -> int:
     from jaxinfer.batch.requests import BadRow, Limits
 
     plan = plan_of(asked)
-    limits = Limits(plan.step.config.max_length, bias=4096, forced=1024, stop_ids=128, top_logprobs=20)
+    limits = Limits(plan.step.config.max_length, bias=4096, forced=1024, stop_ids=128, top_logprobs=20, grammars=True)
     rows = bad = 0
     for where, row in check_rows(asked.inputs, defaults=asked.sampling, codec=plan.codec, limits=limits):
         rows += 1

@@ -112,19 +112,16 @@ class Constrained:
 
     def _step(self, state: loop.State, done: np.ndarray) -> tuple[loop.State, np.ndarray]:
         config = self.config
-        # A drafter that keeps a state of its own drafts has to see them scored: it is not written over.
         forced = self._forced(done, state)
         if config.drafter.width:
-            proposal, state = _propose(self.params, state, config=config, draft_params=self.draft_params)
+            known = self._known(done) if jax.tree.leaves(state.drafter) else None
+            proposal, state = _propose(self.params, state, config=config, draft_params=self.draft_params, known=known)
+            if any(forced):
+                proposal = _redraft(proposal, state.seq, *_padded(forced, max(map(len, forced))))
+            drafts = jax.device_get((proposal.tokens, proposal.parent, proposal.valid))
         else:
-            proposal = _empty(len(done), max(map(len, forced)))
-        if any(forced):
-            tokens = np.zeros((len(done), max(map(len, forced))), np.int32)
-            for row, own in zip(tokens, forced, strict=True):
-                row[: len(own)] = own
-            lengths = np.asarray([len(own) for own in forced], np.int32)
-            proposal = _redraft(proposal, state.seq, tokens, lengths)
-        drafts = jax.device_get((proposal.tokens, proposal.parent, proposal.valid))
+            proposal = _jump(forced)
+            drafts = proposal.tokens, proposal.parent, proposal.valid
         scored, blocks = _score(self.step, self.params, state, proposal, config=config)
         masks = self._masks(done, *drafts)
         with warnings.catch_warnings():
@@ -138,6 +135,7 @@ class Constrained:
         return state, done
 
     def _forced(self, done: np.ndarray, state: loop.State) -> list[list[int]]:
+        # A drafter that keeps a state of its own drafts has to see them scored: it is told what is forced (`_known`).
         drafter = self.config.drafter
         none: list[list[int]] = [[] for _ in self.matchers]
         if not self.jump or (drafter.width and jax.tree.leaves(state.drafter)):
@@ -146,6 +144,17 @@ class Constrained:
         return [
             [] if matcher is None or done[row] else matcher.forced(most) for row, matcher in enumerate(self.matchers)
         ]
+
+    def _known(self, done: np.ndarray) -> np.ndarray:
+        """What each row's grammar allows along its forced tokens and after them, by depth; then anything."""
+        depth = self.config.drafter.depth
+        known = np.full((len(done), depth + 1, self._words), 0xFFFFFFFF, np.uint32)
+        for row, matcher in enumerate(self.matchers):
+            if matcher is not None and not done[row]:
+                forced = matcher.forced(depth)
+                chain = range(len(forced))
+                matcher.fill(known[row, : len(forced) + 1], forced, chain, [True] * len(forced))
+        return known
 
     def _masks(self, done: np.ndarray, tokens: np.ndarray, parent: np.ndarray, valid: np.ndarray) -> np.ndarray:
         begun = time.perf_counter()
@@ -157,8 +166,19 @@ class Constrained:
         return masks
 
 
-def _empty(batch: int, longest: int) -> Proposal:
-    """No drafts, with room for the forced tokens of the row that has most."""
-    width = next((jump for jump in (0, *JUMPS) if longest <= jump), JUMPS[-1])
-    tokens = jnp.zeros((batch, width), jnp.int32)
-    return Proposal.of_chain(tokens, tokens > 0)
+def _padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' tokens i32[B, width] and how many each has i32[B]."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for out, row in zip(tokens, rows, strict=True):
+        out[: len(row)] = row
+    return tokens, np.asarray([len(row) for row in rows], np.int32)
+
+
+def _jump(forced: Sequence[Sequence[int]]) -> Proposal:
+    """The forced tokens alone, in the narrowest of the widths there are; made on the host, which starts nothing."""
+    longest = max(map(len, forced))
+    width = next(jump for jump in (0, *JUMPS) if longest <= jump)
+    tokens, n = _padded(forced, width)
+    index = np.arange(width, dtype=np.int32)
+    parent = np.broadcast_to(index, tokens.shape)
+    return Proposal(tokens, parent, index < n[:, None], depth=width, chain=True)

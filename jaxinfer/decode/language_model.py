@@ -170,7 +170,7 @@ class LanguageModel:
             chosen = order[first : first + groups]
             run = Run(
                 self.step, self.params, [rows[i] for i in chosen], chosen,
-                seed=seed, drafter=drafter, draft_params=draft_params, codec=self.codec,
+                seed=seed, drafter=drafter, draft_params=draft_params,
             )  # fmt: skip
             answers = [Answer(rows[i], self.codec) for i in chosen for _ in range(params.n)]
             while not run.done:
@@ -207,9 +207,7 @@ class LanguageModel:
         return self.generate(messages, **options)
 
     def _stream(self, rows, seed, drafter, draft_params, on_finish) -> Iterator[str]:
-        run = Run(
-            self.step, self.params, rows, [0], seed=seed, drafter=drafter, draft_params=draft_params, codec=self.codec
-        )
+        run = Run(self.step, self.params, rows, [0], seed=seed, drafter=drafter, draft_params=draft_params)
         answer, steps = Answer(rows[0], self.codec), 1
         while not run.done:
             begun = time.monotonic()

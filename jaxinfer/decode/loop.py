@@ -190,15 +190,18 @@ def advance_once(step: Step, params: Any, state: State, *, config: Config, draft
     return settle(state, proposal, scored, blocks, verdict, config=config, draft_params=draft_params)
 
 
-def propose(params: Any, state: State, *, config: Config, draft_params: Any = None) -> tuple[Proposal, State]:
+def propose(
+    params: Any, state: State, *, config: Config, draft_params: Any = None, known: jax.Array | None = None
+) -> tuple[Proposal, State]:
     """A step's first part: the drafts, and the state with what the drafter remembers of them.
 
     The parts make a step in one program (`advance_once`), or several where the host has something to say between them:
-    it may change the drafts before `score`, and hand a grammar's masks to `verify`.
+    it may change the drafts before `score`, and hand a grammar's masks to `verify`. `known u32[B, K, ceil(V / 32)]`:
+    the masks of the first K depths, where the way there is known before anything is drafted; for the drafter's law.
     """
     seq = state.seq
     key = key_streams.step_keys(seq.key, seq.length)
-    warp = Warp(state.sampling, state.features, seq, state.history, config.processors)
+    warp = Warp(state.sampling, state.features, seq, state.history, config.processors, known=known)
     proposal, pending = config.drafter.propose(
         draft_params, state.drafter, seq, state.cache, key, target_params=params, warp=warp
     )
@@ -345,8 +348,8 @@ def _judge(step, params, state: State, proposal: Proposal, config: Config) -> tu
 
     def at(width: int):
         scored, blocks, verdict = judge(proposal.leading(width))
-        scored = Scored(*(_lengthened(x, whole + 1) for x in (scored.tokens, scored.logits)),
-                        _lengthened_output(scored.output, whole + 1))  # fmt: skip
+        tokens, logits = (_lengthened(x, whole + 1) for x in (scored.tokens, scored.logits))
+        scored = Scored(tokens, logits, _lengthened_output(scored.output, whole + 1))
         path = _lengthened(verdict.path, proposal.depth + 1, fill=-1)
         return scored, blocks, dataclasses.replace(verdict, path=path)
 

@@ -138,7 +138,6 @@ class Run:
         seed: int,
         drafter: Drafter,
         draft_params: Any = None,
-        codec: Codec | None = None,
     ):
         self.step, self.params, self.draft_params = step, params, draft_params
         self.rows = rows
@@ -161,8 +160,8 @@ class Run:
             draft_params=draft_params,
         )  # fmt: skip
         self._constrained = None
-        if ask.constraint is not None and codec is not None:
-            matchers = [codec.matcher(*ask.constraint) for _ in range(len(rows) * ask.n)]
+        if ask.constraint is not None:
+            matchers = [row.matcher.fork() for row in rows for _ in range(ask.n)]
             matchers += [None] * (batch * ask.n - len(matchers))  # rows that only fill the bucket
             self._constrained = Constrained(step, params, matchers, config=self.config, draft_params=draft_params)
         self._seen = np.repeat(lengths, ask.n)

@@ -199,11 +199,18 @@ def _count(counts: jax.Array, tokens: jax.Array, live: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: row.at[i].add(1, mode="drop"))(counts, ids)
 
 
+def _unpacked(words: jax.Array, vocab: int) -> jax.Array:
+    """`words u32[B, R, W]` as bool[B, R, V], a bit a token, lowest first."""
+    bits = words[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return bits.reshape(*words.shape[:2], -1)[..., :vocab] > 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Warp:
     """The target's rule from logits to the next token's law, for the rows of one step. Built anew inside each step.
 
-    `masks u32[B, R, ceil(V / 32)]`: tokens that a grammar allows after each slot, a bit each, lowest first.
+    `masks u32[B, R, ceil(V / 32)]`: tokens that a grammar allows after each slot, a bit each, lowest first. `known
+    u32[B, K, ceil(V / 32)]` are those of the first K depths, for a drafter whose slots the host has not seen.
     """
 
     sampling: Sampling
@@ -212,6 +219,7 @@ class Warp:
     history: History | None = None
     processors: tuple[Processor, ...] = ()
     masks: jax.Array | None = None
+    known: jax.Array | None = None
 
     @property
     def sampled(self) -> bool:
@@ -230,7 +238,7 @@ class Warp:
         if f.min_tokens:
             early = index < s.min_tokens[:, None]
             if self.masks is not None:
-                early &= self._may_go_on(ids)
+                early &= self._may_go_on(_unpacked(self.masks, x.shape[-1]), ids)
             for i in range(s.eos.shape[1]):
                 x = jnp.where(early[..., None] & (ids == s.eos[:, i, None, None]), -jnp.inf, x)
         if f.forced and s.forced.shape[1]:
@@ -240,7 +248,12 @@ class Warp:
             x = jnp.where(wanted < 0, x, jnp.where(ids == wanted, 0.0, -jnp.inf))
         for processor in self.processors:
             x = processor(x, self.seq, slots)
-        return x if self.masks is None else jnp.where(self._allowed(x.shape[-1]), x, -jnp.inf)
+        if self.known is not None:
+            last = self.known.shape[1] - 1
+            depth = jnp.broadcast_to(slots.depth, x.shape[:2])[..., None]
+            words = jnp.take_along_axis(self.known, jnp.minimum(depth, last), 1)
+            x = jnp.where((depth > last) | _unpacked(words, x.shape[-1]), x, -jnp.inf)
+        return x if self.masks is None else jnp.where(_unpacked(self.masks, x.shape[-1]), x, -jnp.inf)
 
     def __call__(self, logits: jax.Array, slots: Slots) -> jax.Array:
         """The normalised log-law f32[B, R, V] of each slot's next token."""
@@ -261,17 +274,11 @@ class Warp:
             x = jnp.where(x >= jnp.log(s.min_p)[:, None, None], x, -jnp.inf)
         return jnp.where(cold, greedy, x - jnp.log(jnp.exp(x).sum(-1, keepdims=True)))
 
-    def _allowed(self, vocab: int) -> jax.Array:
-        """The grammar's masks as bool[B, R, V]."""
-        words = self.masks[..., None] >> jnp.arange(32, dtype=jnp.uint32)
-        return (words & 1).reshape(*words.shape[:2], -1)[..., :vocab] > 0
-
-    def _may_go_on(self, ids: jax.Array) -> jax.Array:
+    def _may_go_on(self, allowed: jax.Array, ids: jax.Array) -> jax.Array:
         """Where the grammar allows a token that is no end token, bool[B, R]: elsewhere the answer has to end."""
-        goes_on = self._allowed(ids.shape[-1])
         for i in range(self.sampling.eos.shape[1]):
-            goes_on &= ids != self.sampling.eos[:, i, None, None]
-        return goes_on.any(-1)
+            allowed &= ids != self.sampling.eos[:, i, None, None]
+        return allowed.any(-1)
 
     def _bias(self, vocab: int) -> jax.Array:
         s = self.sampling
