@@ -33,11 +33,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jsonschema
 import numpy as np
+from jsonschema.validators import Draft202012Validator, validator_for
 
 import jaxinfer
-from jaxinfer.decode import Config, CopySpec, Reason, Sampling, loop
+from jaxinfer.decode import Autoregressive, Config, CopySpec, Reason, Sampling, loop
 from jaxinfer.decode.constrained import Constrained
 from jaxinfer.decode.grammar import Grammar, Matcher
 from jaxinfer.decode.language_model import LanguageModel
@@ -147,7 +147,8 @@ def check_answers(
     counts: collections.Counter[str] = collections.Counter()
     forwards = tokens = 0
     for number, batch in enumerate(batches(lm, cases)):
-        config = Config(max_tokens=max_tokens, temperature=1.0, **({"drafter": CopySpec(2, 4)} if number % 2 else {}))
+        drafter = CopySpec(2, 4) if number % 2 else Autoregressive()
+        config = Config(max_tokens=max_tokens, temperature=1.0, drafter=drafter)
         state = begin(lm, config, ROWS, rows=len(batch), seed=number)
         matchers: list[Matcher | None] = [matcher.fork() for _, matcher in batch]
         driver = Constrained(lm.step, lm.params, matchers + [None] * (ROWS - len(batch)), config=config)
@@ -170,7 +171,7 @@ def judged(lm: LanguageModel, case: dict[str, Any], matcher: Matcher, ids: list[
     if reason != Reason.EOS:
         return f"ended with {reason.name}"
     schema = case["schema"]
-    validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema)
+    validator = validator_for(schema, Draft202012Validator)(schema)
     try:
         return "valid" if validator.is_valid(json.loads(lm.tokenizer.decode(ids[:-1]))) else "not valid"
     except ValueError:

@@ -209,6 +209,14 @@ METHODS: tuple[Method, ...] = (
         cli="--json-schema, --regex, --grammar",
     ),
     Method(
+        name="cfic",
+        family="sampling",
+        title="verbatim evidence: a constrained sentence prefix, then whole sentences by skip decoding",
+        guarantee="approximate",
+        entry="jaxinfer.decode.cfic:Cfic",
+        paper=Paper("Qian et al.", 2024, "2402.09760"),
+    ),
+    Method(
         name="beam",
         family="sampling",
         title="the best-scored of several continuations kept side by side",

@@ -8,6 +8,7 @@ from jaxinfer.decode.aggressive import Aggressive
 from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
 from jaxinfer.decode.bild import Bild, Rollback
+from jaxinfer.decode.cfic import Cfic, Evidence, Span
 from jaxinfer.decode.chooser import Chooser
 from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
@@ -37,12 +38,14 @@ __all__ = [
     "BeamConfig",
     "BeamResult",
     "Bild",
+    "Cfic",
     "Chain",
     "Chooser",
     "Config",
     "CopyDraft",
     "CopySpec",
     "DraftModel",
+    "Evidence",
     "Features",
     "GAD",
     "Grammar",
@@ -56,6 +59,7 @@ __all__ = [
     "Result",
     "Rollback",
     "Sampling",
+    "Span",
     "State",
     "Stats",
     "SuperposedConfig",

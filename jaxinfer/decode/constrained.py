@@ -93,7 +93,7 @@ class Constrained:
         jump: bool = True,
     ):
         self.step, self.params, self.config, self.draft_params = step, params, config, draft_params
-        self.matchers = list(matchers)
+        self.matchers: list[Matcher | None] = list(matchers)
         self.jump = jump
         self.spent = Spent()
         self._words = -(-step.vocab_size // 32)
@@ -118,10 +118,9 @@ class Constrained:
             proposal, state = _propose(self.params, state, config=config, draft_params=self.draft_params, known=known)
             if any(forced):
                 proposal = _redraft(proposal, state.seq, *_padded(forced, max(map(len, forced))))
-            drafts = jax.device_get((proposal.tokens, proposal.parent, proposal.valid))
         else:
             proposal = _jump(forced)
-            drafts = proposal.tokens, proposal.parent, proposal.valid
+        drafts = jax.device_get((proposal.tokens, proposal.parent, proposal.valid))
         scored, blocks = _score(self.step, self.params, state, proposal, config=config)
         masks = self._masks(done, *drafts)
         with warnings.catch_warnings():
@@ -180,5 +179,5 @@ def _jump(forced: Sequence[Sequence[int]]) -> Proposal:
     width = next(jump for jump in (0, *JUMPS) if longest <= jump)
     tokens, n = _padded(forced, width)
     index = np.arange(width, dtype=np.int32)
-    parent = np.broadcast_to(index, tokens.shape)
-    return Proposal(tokens, parent, index < n[:, None], depth=width, chain=True)
+    arrays: Any = tokens, np.broadcast_to(index, tokens.shape), index < n[:, None]
+    return Proposal(*arrays, depth=width, chain=True)
