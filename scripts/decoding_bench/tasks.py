@@ -1,8 +1,8 @@
 """Four task sets made of held-out modules of the standard library, from what no drafter foresees to what it has seen.
 
-free: the middle of a module, to be continued. edit: a function, the same function under
-another name, and the first tokens of a third version: the model repeats it. repetitive: tables and literals, the windows whose next tokens repeat their own n-grams
-most. json: records of a module's functions as JSON, to be continued.
+free: the middle of a module, to be continued. edit: a function, the same function under another name, and the first
+tokens of a third version: the model repeats it. repetitive: tables and literals, the windows whose next tokens repeat
+their own n-grams most. json: records of a module's functions as JSON, to be continued.
 """
 
 from __future__ import annotations
