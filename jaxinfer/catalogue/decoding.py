@@ -231,4 +231,29 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.superposed:superpose",
         paper=Paper("Shen et al.", 2024, "2405.18400"),
     ),
+    # What several answers to one prompt are for.
+    Method(
+        name="best-of-n",
+        family="answers",
+        title="the sample of n with the highest reward",
+        guarantee="approximate",
+        entry="jaxinfer.decode.best_of:best_of",
+        paper=Paper("Stiennon et al.", 2020, "2009.01325"),
+    ),
+    Method(
+        name="particles",
+        family="answers",
+        title="particle filter, particle Gibbs and parallel tempering towards a reward",
+        guarantee="approximate",
+        entry="jaxinfer.decode.particles:particle_gibbs",
+        paper=Paper("Puri et al.", 2025, "2502.01618"),
+    ),
+    Method(
+        name="candidates",
+        family="answers",
+        title="given answers scored side by side, the context read once",
+        guarantee="exact",
+        entry="jaxinfer.decode.candidates:score_candidates",
+        paper=Paper("Song et al.", 2021, "2106.01263"),
+    ),
 )
