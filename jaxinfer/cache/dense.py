@@ -17,7 +17,16 @@ from flax import struct
 
 from jaxinfer.cache.base import Block, SpecBase, View, kept, scatter_columns, scatter_slots
 from jaxinfer.errors import ConfigError
-from jaxinfer.ops.attention import AttentionSpec, Part, Segment, attend, block_visibility
+from jaxinfer.ops.attention import (
+    AttentionSpec,
+    Part,
+    Segment,
+    attend,
+    attend_blocks,
+    block_visibility,
+    combine,
+    reads_blocks,
+)
 
 
 @struct.dataclass
@@ -42,6 +51,8 @@ def block_segment(spec: AttentionSpec, block: Block, positions: jax.Array, mask,
 class Dense(SpecBase):
     """Every token, up to `capacity` positions; with `ring=True` the last `capacity` of them.
 
+    `blocks`: few queries read the live blocks alone (`ops.attention.attend_blocks`), not all slots under a mask. On a
+    CPU that is faster for a float32 cache of which half or less is live. A ring, a window and a bias stay as they are.
     The host checks lengths against the capacity before work starts; inside a program a token beyond the capacity
     of a dense cache is dropped.
     """
@@ -50,6 +61,7 @@ class Dense(SpecBase):
     capacity: int
     dtype: str = "float32"
     ring: bool = False
+    blocks: bool = False
 
     def __post_init__(self):
         if self.capacity < 1:
@@ -79,10 +91,14 @@ class Dense(SpecBase):
     ) -> tuple[Part, None]:
         """Attention over State and Block in one softmax."""
         spec = self.attention
-        distance, visible = self.sees(state, positions)
         rotated = spec.rotate(q, jnp.maximum(positions, 0))
+        own = block_segment(spec, block, positions, mask, table)
+        if not self.ring and reads_blocks(spec, q.shape[2], state.k, self.blocks):
+            past = attend_blocks(spec, rotated, state.k, state.v, jnp.minimum(state.t, self.capacity), positions - 1)
+            return combine([past, attend(spec, rotated, [own])]), None
+        distance, visible = self.sees(state, positions)
         past = Segment(state.k, state.v, visible, spec.bias(distance, table), transposed=True)
-        return attend(spec, rotated, [past, block_segment(spec, block, positions, mask, table)]), None
+        return attend(spec, rotated, [past, own]), None
 
     def sees(self, state: DenseState, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Distances from queries at `positions i32[B, T]` to the slots, and which they see: `[B, 1, T, C]` both."""

@@ -20,8 +20,15 @@ from flax import struct
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops.position import Alibi, Rope, T5Bias
+from jaxinfer.pallas_kernels.attention.decode import Codes, decode
 
 NEGATIVE = -1e30  # finite stand-in for -inf inside a softmax: an empty row stays free of NaN, forward and backward
+FEW = 64  # query rows of a key head up to which a long cache is read as decoding reads it
+# Measured on two cores, whole decoding steps: int8 keys of more numbers than LARGE, in rows of LONG slots or more, took
+# 0.9 of the time block by block where all were live and 0.55 to 0.65 where half were; smaller ones took the same.
+# Float32 caches gain where less than two thirds is live and lose half as much again where all is; bfloat16 caches lost
+# up to a sixth. Both are read by blocks only where that is asked for.
+LARGE, LONG = 2**20, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +142,39 @@ def attend(spec: AttentionSpec, q: jax.Array, segments: Sequence[Segment]) -> Pa
     out = (out / divisor[..., None]).astype(q.dtype)
     lse = jnp.where(live, peak + jnp.log(divisor), -jnp.inf)
     return Part(out.reshape(batch, heads, length, -1), lse.reshape(batch, heads, length))
+
+
+def reads_blocks(spec: AttentionSpec, queries: int, keys: jax.Array | Codes, asked: bool | None) -> bool:
+    """Whether a cache of keys `[B, G, d, C]`, slot c at position c, is to be read by `attend_blocks`: as `asked`, or
+    where that was measured to pay. Never for many queries, nor where the scores depend on more than who sees whom."""
+    values = keys.values if isinstance(keys, Codes) else keys
+    few = spec.num_heads // spec.num_kv_heads * queries <= FEW
+    if not few or spec.window is not None or isinstance(spec.position, Alibi | T5Bias):
+        return False
+    if asked is not None:
+        return asked
+    # Several devices: a loop over rows would gather a sharded cache.
+    alone = jax.default_backend() == "cpu" and jax.local_device_count() == 1
+    return alone and values.dtype == jnp.int8 and values.size > LARGE and values.shape[3] >= LONG
+
+
+def attend_blocks(spec: AttentionSpec, q, k, v, lengths, positions) -> Part:
+    """Attention of few queries `q[B, H, T, d]` to a cache `k [B, G, d, C]`, `v [B, G, C, d]` of arrays or codes, whose
+    blocks are read as they are kept and only where they are live: `lengths i32[B]` slots, of which a query sees those
+    up to its `positions i32[B, T]`. A row's bits depend on nothing in the other rows."""
+    return Part(
+        *decode(
+            q,
+            k,
+            v,
+            lengths,
+            positions=positions,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            transposed=True,
+            invariant=True,
+        )
+    )
 
 
 def _scores(spec: AttentionSpec, q: jax.Array, segment: Segment) -> jax.Array:
