@@ -40,8 +40,8 @@ class SharedUniform(Chain):
 class BonusToo(Chain):
     """Planted: a fresh bonus follows full acceptance, and the pending block goes on as if its guess had been kept."""
 
-    def _ahead(self, proposal, key, p, rejected, q):
-        tested, kept, q = super()._ahead(proposal, key, p, rejected, q)
+    def _ahead(self, proposal, guess, key, p, rejected, q):
+        tested, kept, q = super()._ahead(proposal, guess, key, p, rejected, q)
         return tested, tested & ~rejected, q
 
 

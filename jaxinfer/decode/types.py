@@ -204,7 +204,7 @@ class Step(Protocol):
     @property
     def vocab_size(self) -> int: ...
     def __call__(
-        self, params, inputs, positions, cache=None, block=None, at=0, mask=None, *, taps=()
+        self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
     ) -> tuple[Any, Any]:
         """`inputs i32[B, T]` at `positions i32[B, T]` (-1: neither written nor seen) to `(Output, block)`."""
         ...

@@ -70,28 +70,31 @@ class Chain:
             n = _leading(proposal.valid & (u * q < p))
         p_next = jnp.exp(jnp.take_along_axis(law, n[:, None, None], 1)[:, 0])
         finite = jnp.isfinite(p_next).all(-1)
-        weights, which, kept = p_next, jnp.int32(Stream.BONUS), None
-        if n_drafts or proposal.ahead is not None:
+        weights, which, kept, ahead = p_next, jnp.int32(Stream.BONUS), None, proposal.ahead
+        if n_drafts or ahead is not None:
             tested, q = jnp.zeros(n.shape, bool), jnp.zeros_like(p_next)
             if n_drafts:
                 tested, q = n < proposal.valid.sum(1), _q_at(proposal, n, law.shape[-1])
-            if proposal.ahead is not None:
-                tested, kept, q = self._ahead(proposal, key, p_next, tested, q)
+            if ahead is not None:
+                tested, kept, q = self._ahead(proposal, ahead, key, p_next, tested, q)
             residual = jnp.maximum(p_next - q, 0.0)
             weights = jnp.where((tested & (residual.sum(-1) > 0))[:, None], residual, p_next)
             which = jnp.where(tested, jnp.int32(Stream.RESIDUAL), which)
         next_token = draw(weights, key_streams.slot(key_streams.stream(key, which), n))
-        next_token = next_token if kept is None else jnp.where(kept, proposal.ahead, next_token)
+        if ahead is not None and kept is not None:
+            next_token = jnp.where(kept, ahead, next_token)
         return Verdict(_chain_path(n, n_drafts), n, next_token, finite)
 
-    def _ahead(self, proposal: Proposal, key, p, rejected, q) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _ahead(
+        self, proposal: Proposal, guess: jax.Array, key, p, rejected, q
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Which rows had a draft tested after the last one kept, where the guess ahead stays, and the tested law."""
-        ahead, n_drafts = jnp.maximum(proposal.ahead, 0)[:, None], proposal.tokens.shape[1]
+        ahead, n_drafts = jnp.maximum(guess, 0)[:, None], proposal.tokens.shape[1]
         if proposal.ahead_logp is None:
             q_ahead = (jnp.arange(p.shape[-1])[None] == ahead).astype(jnp.float32)
         else:
             q_ahead = jnp.exp(proposal.ahead_logp)
-        reached = ~rejected & (proposal.ahead >= 0)
+        reached = ~rejected & (guess >= 0)
         u = self._uniform_ahead(key, n_drafts)
         ratio = u * jnp.take_along_axis(q_ahead, ahead, 1)[:, 0]
         kept = reached & (ratio < jnp.take_along_axis(p, ahead, 1)[:, 0])
