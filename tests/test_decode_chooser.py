@@ -204,7 +204,7 @@ def test_curves_are_measured_on_the_machine():
         DraftModel(checks.MODEL, 4), checks.MODEL, checks.PARAMS, batch=2, capacity=16, draft_params=OTHER
     )
     assert c.sizes == (1, 2, 4) and c.target.sizes == (1, 2, 3, 5) and min(c.target.seconds) > 0
-    assert c.draft is not None and c.draft(4) == pytest.approx(4 * c.draft(1)) and hash(c) == hash(c)
+    assert c.draft is not None and 0 < c.draft(1) < c.draft(2) < c.draft(4) and hash(c) == hash(c)
     assert c.drafter.lazy and c.step is checks.MODEL and c.vocab_size == checks.V
     copies = Chooser.measured(CopySpec(), checks.MODEL, checks.PARAMS, batch=2, capacity=16, sizes=(10,))
     assert copies.draft is None and not hasattr(copies, "step") and copies.sizes == (10,)

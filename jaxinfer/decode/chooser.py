@@ -26,12 +26,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from jaxinfer import measure
 from jaxinfer.decode.draft_model import DraftModel
 from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.draw import first_max
 from jaxinfer.decode.types import Proposal, Step, Verdict, Verifier
 from jaxinfer.errors import ConfigError
 from jaxinfer.measure import LatencyCurve
@@ -95,13 +95,13 @@ class Chooser(DrafterBase):
         **options: Any,
     ) -> Chooser:
         """With curves measured now on this machine (host): forwards of each size over `batch` rows of `capacity`
-        tokens, and of one token of the draft model where the drafter has one. `options`: as for the class."""
+        tokens, and of the draft model's where the drafter has one. `options`: as for the class."""
         sizes = cls(drafter, LatencyCurve((1,), (1.0,)), **options).sizes
         target = forward_curve(step, params, batch=batch, capacity=capacity, slots=(1, *(m + 1 for m in sizes)))
         draft, model = None, getattr(drafter, "step", None)
         if model is not None:
-            one = forward_curve(model, draft_params, batch=batch, capacity=capacity, slots=(1,)).seconds[0]
-            draft = LatencyCurve((1, 2), (one, 2 * one))
+            one, two = forward_curve(model, draft_params, batch=batch, capacity=capacity, slots=(1, 2)).seconds
+            draft = LatencyCurve((1, 2), (two, two + one))  # a step begins with the last two tokens
         return cls(drafter, target, draft, **options)
 
     @property
@@ -219,21 +219,22 @@ class Chooser(DrafterBase):
 
 
 def forward_curve(
-    step: Step, params: Any, *, batch: int, capacity: int, slots: tuple[int, ...], rounds: int = 5
+    step: Step, params: Any, *, batch: int, capacity: int, slots: tuple[int, ...], rounds: int = 5, turns: int = 16
 ) -> LatencyCurve:
-    """Median seconds of a forward and its logits by scored slots, over a cache of `batch` rows of `capacity` tokens."""
+    """Median seconds of a forward, its logits and their maximum by scored slots, over a cache of `batch` rows of
+    `capacity` tokens; `turns` forwards a call, each fed the last one's tokens, so that no call's overhead is in it."""
 
     @jax.jit
-    def forward(params, cache, tokens, positions):
-        output, _ = step(params, tokens, positions, cache, None)
-        return step.head(params, output.hidden)
+    def forward(params, cache, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+        def turn(_, tokens):
+            output, _ = step(params, tokens, positions, cache, None)
+            return first_max(step.head(params, output.hidden))[1]
+
+        return jax.lax.fori_loop(0, turns, turn, tokens)
 
     cache = jax.jit(lambda: step.new_cache(batch, capacity))()
-    inputs = {r: (jnp.zeros((batch, r), jnp.int32), jnp.asarray(np.tile(np.arange(r), (batch, 1)))) for r in slots}
-
-    def run(size: int):
-        return forward(params, cache, *inputs[size])
-
-    for size in slots:
-        jax.block_until_ready(run(size))
-    return measure.latency_curve(run, slots, rounds=rounds, min_seconds=0.01)
+    tokens = {size: jnp.zeros((batch, size), jnp.int32) for size in slots}
+    curve = measure.latency_curve(lambda size: forward(params, cache, tokens[size]), slots, rounds=rounds)
+    return LatencyCurve(curve.sizes, tuple(seconds / turns for seconds in curve.seconds))
