@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.decode import TokenRecycling
+from jaxinfer import quant
+from jaxinfer.decode import Autoregressive, Config, TokenRecycling
 from jaxinfer.decode.token_recycling import NODES_BY_DEPTH, last_of_each, template
 from jaxinfer.decode.types import Proposal, Scored
 from jaxinfer.errors import ConfigError
+from jaxinfer.models import ModelConfig, Step
 from tests import drafter_checks as checks
 from tests import toy
 
@@ -135,6 +137,21 @@ def test_greedy_output_is_plain_output():
 
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(TokenRecycling(nodes=6, prompt=True))
+
+
+def test_a_tree_over_rings_and_quantized_weights_changes_nothing():
+    config = ModelConfig(
+        vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32,
+        max_length=64, windows=(6,),
+    )  # fmt: skip
+    step = Step(config)
+    weights = quant.apply(jax.jit(step.init)(jax.random.key(1)), [(r".*(mlp|attention).*", quant.Int8())])
+    tokens, lengths = toy.prompts(3, 3, 10, V, lengths=[1, 10, 6])
+    plain, tree = (
+        toy.outputs(toy.Run(step, Config(max_tokens=16, eos=(), drafter=drafter))(weights, tokens, lengths))
+        for drafter in (Autoregressive(), TokenRecycling(nodes=24))
+    )
+    assert tree == plain
 
 
 def test_impossible_settings_are_refused():

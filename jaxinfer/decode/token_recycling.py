@@ -12,8 +12,9 @@ path that comes first in order is taken).
 Departures: an entry that was never written proposes nothing (published code: token 0, eight times). The matrix begins
 empty for each row and is the row's own, so that no row depends on its neighbours or on what ran before; published code
 carries one from request to request. `prompt` (off, as in the paper) first learns which tokens followed each token of
-the prompt, latest first: prefill reads no logits. Fewer `nodes` keep those of the smallest depth plus sum of ranks:
-where a scored slot is not free, as on a CPU, that is faster.
+the prompt, latest first: prefill reads no logits. The nodes stand best first, in order of depth plus three times the
+sum of ranks (as measured on code: 12 nodes give 3.3 tokens a forward where 80 give 3.8), so the first few are a good
+tree too: fewer `nodes` are faster where a scored slot is not free, as on a CPU.
 
 Stability: experimental.
 """
@@ -38,8 +39,8 @@ NODES_BY_DEPTH = (8, 21, 25, 15, 8, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The fixed tree, breadth first: each draft's `parent` slot, its `rank` among the parent's candidates, its `level`
-    (0 for children of the root)."""
+    """The fixed tree, best nodes first: each draft's `parent` slot, its `rank` among the parent's candidates, its
+    `level` (0 for children of the root)."""
 
     parent: np.ndarray
     rank: np.ndarray
@@ -55,8 +56,7 @@ def template(nodes: int) -> Template:
         ranks = range(min(CANDIDATES, count))
         every = (path for path in itertools.product(ranks, repeat=depth) if sum(path) < CANDIDATES)
         paths += sorted(every, key=lambda path: (sum(path), path))[:count]
-    paths = sorted(paths, key=lambda path: (len(path) + sum(path), len(path), path))[:nodes]
-    paths.sort(key=lambda path: (len(path), path))
+    paths = sorted(paths, key=lambda path: (len(path) + 3 * sum(path), len(path), path))[:nodes]
     slot = {path: i for i, path in enumerate(paths, 1)} | {(): 0}
     return Template(
         np.array([slot[path[:-1]] for path in paths], np.int32),
@@ -96,12 +96,12 @@ class TokenRecycling(DrafterBase):
     def propose(self, params, state: jax.Array, seq, cache, key, *, target_params, warp):
         """The template with each node's token read from its parent's row of the matrix."""
         tree = template(self.nodes)
-        tokens = seq.root[:, None]
+        tokens = jnp.full((seq.length.shape[0], self.nodes + 1), -1, jnp.int32).at[:, 0].set(seq.root)
         for level in range(self.depth):
-            here = tree.level == level
+            here = np.flatnonzero(tree.level == level)
             above = tokens[:, tree.parent[here]]
             found = jax.vmap(lambda matrix, token, rank=tree.rank[here]: matrix[jnp.maximum(token, 0), rank])
-            tokens = jnp.concatenate([tokens, jnp.where(above < 0, -1, found(state, above))], 1)
+            tokens = tokens.at[:, here + 1].set(jnp.where(above < 0, -1, found(state, above)))
         tokens = tokens[:, 1:]
         proposal = Proposal.of_tree(
             jnp.maximum(tokens, 0), jnp.asarray(tree.parent)[None], tokens >= 0, depth=self.depth
