@@ -23,7 +23,7 @@ MODEL = toy.Attentive(V)
 PARAMS = MODEL.params(3, scale=0.5)
 # Every row has its own; the third holds long forced runs, the fourth none.
 PATTERNS = ["((ab|c)*d)+e", "(a|b|c|d)*", "(dabc|eabcd)*abe", "[a-e]{3,9}"]
-FEATURES = Features(min_tokens=True)
+FEATURES = Features(min_tokens=True, penalties=True, bias=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +51,8 @@ _begin = toy.quick_jit(decode.begin, static_argnames=("step", "config"))
 def run(vocabulary, drafter=None, *, jump=True, draft_params=None, patterns=PATTERNS, **values):
     """The result of rows under `patterns` (None: a row without a grammar)."""
     config = Config(max_tokens=ANSWER, features=FEATURES, **({} if drafter is None else {"drafter": drafter}))
-    sampling = Sampling.make(BATCH, **{"eos": [toys.END], "max_tokens": ANSWER, **values})
+    defaults = {"eos": [toys.END], "max_tokens": ANSWER, "bias_ids": [-1], "bias_values": [0.0]}
+    sampling = Sampling.make(BATCH, **{**defaults, **values})
     tokens, lengths = toys.prompts(BATCH, WIDTH, V)
     state = _begin(
         MODEL, PARAMS, tokens, lengths, config=config, key=jax.random.key(0), sampling=sampling,
@@ -136,6 +137,17 @@ def test_a_row_without_a_grammar_is_its_neighbours_equal(vocabulary):
     want = oracle(vocabulary, patterns)
     assert toy.outputs(run(vocabulary, patterns=patterns)) == want
     assert toy.outputs(run(vocabulary, CopySpec(2, 4), patterns=patterns)) == want
+
+
+def test_penalties_and_bans_hold_inside_drafts_under_a_grammar(vocabulary):
+    values = dict(frequency_penalty=1.5, repetition_penalty=1.3, bias_ids=[3], bias_values=[-np.inf])
+    patterns = ["[a-e]{3,9}", "(a|b|c|d)*", "((ab|d)*c?)+e", "(a|b|e)*"]
+    one = run(vocabulary, jump=False, patterns=patterns, **values)
+    assert not any(3 in row for row in toy.outputs(one))
+    assert toy.outputs(one) != toy.outputs(run(vocabulary, jump=False, patterns=patterns))
+    params = script(toy.outputs(one))
+    for drafter, own in [(None, None), (CopySpec(2, 4), None), (toy.Scripted(5), params), (toy.Branching(), params)]:
+        assert toy.outputs(run(vocabulary, drafter, draft_params=own, patterns=patterns, **values)) == toy.outputs(one)
 
 
 def test_a_limit_at_each_offset_of_a_forced_run(vocabulary):
