@@ -108,13 +108,13 @@ def firsts(
         return first
     nothing = jnp.zeros((write.shape[0], *first.shape[1:]), jnp.float32)
     _, added, _ = states(write, value, over, nothing, reverse=reverse, keep=False, interpret=interpret)
-    by_piece = (x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for x in (over.prod(1), added))
+    overs, adds = (x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for x in (over.prod(1), added))
 
     def step(state: Array, piece: tuple[Array, Array]) -> tuple[Array, Array]:
         over, added = piece
         return over[..., None] * state + added, state
 
-    _, met = lax.scan(step, first, tuple(by_piece), reverse=reverse)
+    _, met = lax.scan(step, first, (overs, adds), reverse=reverse)
     return met.swapaxes(0, 1).reshape(-1, *first.shape[1:])
 
 
