@@ -14,6 +14,7 @@ from jaxinfer.quant.mixed_rows import Mixed, MixedRows
 from jaxinfer.quant.quantized import QuantizedArray
 from jaxinfer.quant.serialize import flatten, unflatten
 from jaxinfer.quant.ternary import Ternary
+from jaxinfer.quant.transposed import Transposed, TransposedArray
 from jaxinfer.quant.tree import leaves, map_axes, map_leaves, near, stored
 from jaxinfer.quant.trit_planes import SumArray, TritPlanes
 
@@ -34,6 +35,8 @@ __all__ = [
     "Spec",
     "SumArray",
     "Ternary",
+    "Transposed",
+    "TransposedArray",
     "TritPlanes",
     "adapters",
     "apply",

@@ -21,6 +21,7 @@ from jaxinfer.quant.extended import ExtendedRows
 from jaxinfer.quant.lora import LoraArray
 from jaxinfer.quant.mixed_rows import MixedRows
 from jaxinfer.quant.quantized import QuantizedArray
+from jaxinfer.quant.transposed import TransposedArray
 from jaxinfer.quant.tree import build, leaves
 from jaxinfer.quant.trit_planes import SumArray
 
@@ -28,6 +29,7 @@ VERSION = 2
 TYPES: dict[str, type] = {
     "quantized": QuantizedArray,
     "sum": SumArray,
+    "transposed": TransposedArray,
     "mixed_rows": MixedRows,
     "lora": LoraArray,
     "extended_rows": ExtendedRows,
