@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxinfer.pallas_kernels._core import packing
 from jaxinfer.pallas_kernels._core.errors import ArgumentError
@@ -54,6 +56,18 @@ def test_every_code_comes_back_from_where_the_layout_says(bits, group, size):
     assert sum(plane.size for plane in planes) * 8 == codes.size * bits  # not a bit more than the codes have
     planes = [np.asarray(plane) for plane in planes]
     assert [bits_of(planes, bits, group, k) for k in range(size)] == codes[0].tolist()
+
+
+@settings(max_examples=6, derandomize=True, deadline=None, database=None)
+@given(bits=st.sampled_from([2, 3, 4, 6]), groups=st.sampled_from([1, 2, 10]), columns=st.sampled_from([1, 2, 7]))
+def test_packing_is_inverted_for_every_shape(bits, groups, columns):
+    """Groups of one byte and ragged ones, one group and several: whatever `refuses` lets through comes back."""
+    two_planes = len(packing.PLANES[bits]) > 1
+    group = columns * (8 // packing.PLANES[bits][0]) * (2 if two_planes and groups == 1 else 1)
+    assert packing.refuses(bits, group, groups * group) is None
+    codes = np.random.default_rng(0).integers(0, 2**bits, (3, groups * group)).astype(np.uint8)
+    back = jax.jit(lambda codes: packing.unpack(packing.pack(codes, bits, group), bits, group))(codes)
+    np.testing.assert_array_equal(back, codes)
 
 
 def test_known_bytes():

@@ -103,16 +103,20 @@ def test_every_format_of_the_command_line_fits_the_embedded_model():
 
 def test_bits_per_weight_counts_everything_stored():
     w = jnp.ones((64, 32))
+
+    def bits(spec):
+        return quant.bits_per_weight(jax.eval_shape(spec.quantize, w))
+
     assert quant.bits_per_weight(w) == 32
-    assert quant.bits_per_weight(quant.Int8().quantize(w)) == 8 + 32 / 64
-    assert quant.bits_per_weight(quant.Int8(group=16, scales="bfloat16").quantize(w)) == 8 + 16 / 16
-    assert quant.bits_per_weight(quant.Int4(group=32).quantize(w)) == 4 + 32 / 32 + 8 / 32  # codes, scales, zeros
-    assert quant.bits_per_weight(quant.Int3(group=32, symmetric=True).quantize(w)) == 3 + 32 / 32
-    assert quant.bits_per_weight(quant.Fp6(scales="float16").quantize(w)) == 6 + 16 / 64
-    assert quant.bits_per_weight(quant.MxFp4().quantize(w)) == 4 + 8 / 32
-    assert quant.bits_per_weight(quant.NvFp4().quantize(w)) == 4 + 8 / 16 + 32 / w.size
-    assert quant.bits_per_weight(quant.Fp8(group=32, rows=16).quantize(w)) == 8 + 32 / (32 * 16)
-    assert quant.bits_per_weight(quant.TritPlanes(group=32, steps=1).quantize(w)) == 2 * (2 + 32 / 32)
+    assert bits(quant.Int8()) == 8 + 32 / 64
+    assert bits(quant.Int8(group=16, scales="bfloat16")) == 8 + 16 / 16
+    assert bits(quant.Int4(group=32)) == 4 + 32 / 32 + 8 / 32  # codes, scales, zeros
+    assert bits(quant.Int3(group=32, symmetric=True)) == 3 + 32 / 32
+    assert bits(quant.Fp6(scales="float16")) == 6 + 16 / 64
+    assert bits(quant.MxFp4()) == 4 + 8 / 32
+    assert bits(quant.NvFp4()) == 4 + 8 / 16 + 32 / w.size
+    assert bits(quant.Fp8(group=32, rows=16)) == 8 + 32 / (32 * 16)
+    assert bits(quant.TritPlanes(group=32, steps=1)) == 2 * (2 + 32 / 32)
     adapted = quant.LoraArray(quant.Int8().quantize(w), jnp.ones((64, 2)), jnp.ones((2, 32)))
     assert quant.bits_per_weight(adapted) == 8 + 32 / 64 + 32 * 2 * (64 + 32) / (64 * 32)
     assert quant.bits_per_weight({"a": w, "b": jnp.ones(32)}) == 32
@@ -183,9 +187,10 @@ def every_format():
         "int4": quant.Int4(group=8), "int3": quant.Int3(group=8), "int2": quant.Int2(group=8), "fp6": quant.Fp6(),
         "fp8": quant.Fp8(group=16, rows=16), "mxfp4": quant.MxFp4(), "nvfp4": quant.NvFp4(),
         "ternary": quant.Ternary(), "trit": quant.TritPlanes(group=16, steps=2), "mixed": quant.Mixed(group=16),
+        "transposed": quant.Transposed(),
     }  # fmt: skip
     w = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16)), jnp.float32)
-    return {name: spec.quantize(w) for name, spec in specs.items()}
+    return jax.jit(lambda w: {name: spec.quantize(w) for name, spec in specs.items()})(w)
 
 
 def test_directories_of_version_1_are_read():
