@@ -22,6 +22,8 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +39,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.measure import LatencyCurve
 
 PRIOR, WEIGHT = 0.7, 2.0  # what is believed of a draft before anything was seen, and how many sights that is worth
+ROUNDS, TURNS = 9, 16  # of a measurement, and forwards in each
 FORGET, FORGET_PROBE = 0.9, 0.5  # what is left of the counts after a step with drafts, and before a probe
 
 
@@ -63,7 +66,7 @@ class Chooser(DrafterBase):
     target: LatencyCurve
     draft: LatencyCurve | None = None
     sizes: tuple[int, ...] = ()
-    gain: float = 1.05
+    gain: float = 1.1
     probe: int = 64
 
     def __post_init__(self):
@@ -97,12 +100,19 @@ class Chooser(DrafterBase):
         """With curves measured now on this machine (host): forwards of each size over `batch` rows of `capacity`
         tokens, and of the draft model's where the drafter has one. `options`: as for the class."""
         sizes = cls(drafter, LatencyCurve((1,), (1.0,)), **options).sizes
-        target = forward_curve(step, params, batch=batch, capacity=capacity, slots=(1, *(m + 1 for m in sizes)))
-        draft, model = None, getattr(drafter, "step", None)
+        model = getattr(drafter, "step", None)
+        forwards = {("target", n): _forwards(step, params, batch, capacity, n) for n in (1, *(m + 1 for m in sizes))}
         if model is not None:
-            one, two = forward_curve(model, draft_params, batch=batch, capacity=capacity, slots=(1, 2)).seconds
-            draft = LatencyCurve((1, 2), (two, two + one))  # a step begins with the last two tokens
-        return cls(drafter, target, draft, **options)
+            forwards |= {("draft", n): _forwards(model, draft_params, batch, capacity, n) for n in (1, 2)}
+        # In turns, so that a change of the machine's pace bends no ratio.
+        timings = measure.interleaved({f"{who} {n}": call for (who, n), call in forwards.items()}, rounds=ROUNDS)
+        seconds = {key: timings[f"{key[0]} {key[1]}"].median / TURNS for key in forwards}
+        slots = tuple(n for who, n in seconds if who == "target")
+        target = LatencyCurve(slots, tuple(seconds["target", n] for n in slots))
+        if model is None:
+            return cls(drafter, target, **options)
+        one, two = seconds["draft", 1], seconds["draft", 2]
+        return cls(drafter, target, LatencyCurve((1, 2), (two, two + one)), **options)  # first its last two tokens
 
     @property
     def step(self) -> Step:
@@ -218,23 +228,19 @@ class Chooser(DrafterBase):
         )
 
 
-def forward_curve(
-    step: Step, params: Any, *, batch: int, capacity: int, slots: tuple[int, ...], rounds: int = 5, turns: int = 16
-) -> LatencyCurve:
-    """Median seconds of a forward, its logits and their maximum by scored slots, over a cache of `batch` rows of
-    `capacity` tokens; `turns` forwards a call, each fed the last one's tokens, so that no call's overhead is in it."""
+def _forwards(step: Step, params: Any, batch: int, capacity: int, size: int) -> Callable[[], Any]:
+    """Runs TURNS forwards of `size` slots and their logits' maximum, over a cache of `batch` rows of `capacity`
+    tokens, each fed the last one's tokens: what a loop of steps does, without a call's overhead in each."""
 
     @jax.jit
-    def forward(params, cache, tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    def run(params, cache, tokens):
+        positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), tokens.shape)
 
         def turn(_, tokens):
             output, _ = step(params, tokens, positions, cache, None)
             return first_max(step.head(params, output.hidden))[1]
 
-        return jax.lax.fori_loop(0, turns, turn, tokens)
+        return jax.lax.fori_loop(0, TURNS, turn, tokens)
 
     cache = jax.jit(lambda: step.new_cache(batch, capacity))()
-    tokens = {size: jnp.zeros((batch, size), jnp.int32) for size in slots}
-    curve = measure.latency_curve(lambda size: forward(params, cache, tokens[size]), slots, rounds=rounds)
-    return LatencyCurve(curve.sizes, tuple(seconds / turns for seconds in curve.seconds))
+    return functools.partial(run, params, cache, jnp.zeros((batch, size), jnp.int32))
