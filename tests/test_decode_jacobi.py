@@ -70,11 +70,6 @@ def test_sampled_output_follows_the_targets_law():
     checks.check_law(Jacobi(2))
 
 
-def test_filled_places_are_verified_as_certain():
-    z, accepted = checks.law(Jacobi(2, "neighbour", grid=2))
-    assert z < 5 and accepted > 0
-
-
 @pytest.mark.parametrize("keeps", ["token", "law"])
 def test_the_published_mistakes_are_seen(keeps):
     z, _ = checks.law(Stale(2, keeps=keeps))
@@ -100,13 +95,10 @@ def test_a_grid_model_gains_from_its_neighbours():
     params = {"table": 6.0 * line + 0.5 * jax.random.normal(jax.random.key(0), (grid, vocab, vocab))}
     tokens, lengths = jnp.zeros((4, grid), jnp.int32), jnp.full(4, grid)
 
-    def tokens_per_forward(drafter):
-        run = toy.Run(model, Config(max_tokens=24, temperature=1.0, drafter=drafter))
-        result = run(params, tokens, lengths, sampling=Sampling.make(4, temperature=1.0, max_tokens=24))
-        return float(result.stats.tokens_per_forward)
-
-    near, random = tokens_per_forward(Jacobi(4, "neighbour", grid=grid)), tokens_per_forward(Jacobi(4))
-    assert near > random > 1.0
+    drafter = Jacobi(4, "neighbour", grid=grid)
+    run = toy.Run(model, Config(max_tokens=24, temperature=1.0, drafter=drafter))
+    result = run(params, tokens, lengths, sampling=Sampling.make(4, temperature=1.0, max_tokens=24))
+    assert float(result.stats.acceptance_by_depth[0]) > 0.5, "a random token would be right in one of twelve"
 
 
 def test_impossible_settings_are_refused():

@@ -41,18 +41,20 @@ NGRAMS = NGrams.of(CORPUS)
 program = toy.quick_jit(superpose, static_argnames=("step", "config"))
 
 
+AFTER = [collections.defaultdict(collections.Counter) for _ in WEIGHTS]  # by context length: context to followers
+for text in CORPUS:
+    for n, after in enumerate(AFTER, 1):
+        for i in range(len(text) - n):
+            after[tuple(text[i : i + n])][int(text[i + n])] += 1
+
+
 def interpolated(tail, token):
     """The n-gram probability by counting in the corpus."""
     total = 0.0
-    for n, weight in enumerate(WEIGHTS, 1):
+    for n, (weight, after) in enumerate(zip(WEIGHTS, AFTER, strict=True), 1):
         context = tuple(tail[-n:])
-        if len(context) < n:
-            continue
-        after = collections.Counter(
-            int(text[i + n]) for text in CORPUS for i in range(len(text) - n) if tuple(text[i : i + n]) == context
-        )
-        if after:
-            total += weight * after[token] / after.total()
+        if context in after:
+            total += weight * after[context][token] / after[context].total()
     return total
 
 
