@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxinfer.pallas_kernels._core import check
 from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
-from jaxinfer.pallas_kernels.fftconv import blocked, monarch, ref, tpu
+from jaxinfer.pallas_kernels.fftconv import blocked, gpu, monarch, ref, tpu
 
 Array = jax.Array
 OP = "fftconv"
@@ -27,7 +27,8 @@ OP = "fftconv"
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static about a call. `sizes`: the factors of the circular length N; `keep`: of each, the digits kept."""
+    """What is static about a call. `sizes`: the factors of the circular length N; `keep`: of each, the digits kept;
+    `wraps`: whether entries that pass the end count at the beginning."""
 
     batch: int
     heads: int
@@ -36,6 +37,7 @@ class Call:
     dtype: str
     sizes: tuple[int, ...]
     keep: tuple[int, ...] | None
+    wraps: bool
     interpret: bool
 
 
@@ -61,7 +63,8 @@ def fftconv(
     factors) keeps the kernel's frequencies k = k1 + N1 (k2 + N2 k3) whose i-th digit, and that of -k, is among the
     keep[i] nearest to 0: a coarser kernel, and fewer operations. N is T if circular, else `transform_sizes(T, L)`.
 
-    `impl` names a form: `ref`, `fft` (jnp.fft), `monarch` (matrix products in XLA), `tpu`. Differentiable in
+    `impl` names a form: `ref`, `fft` (jnp.fft), `monarch` (matrix products in XLA), `tpu`, `gpu` (for
+    u of 16 bits). Differentiable in
     u, kernel, pre and post. Raises ArgumentError before tracing for what does not fit, UnsupportedError where the
     form named cannot serve.
     """
@@ -81,7 +84,7 @@ def fftconv(
     size = blocked.size_of(piece)
     halved = causal and size < length + taps - 1
     pieces = _overlapping(x, size // 2) if halved else x
-    call = Call(pieces.shape[0], sizes["H"], pieces.shape[2], taps, str(u.dtype), piece, keep, interpret)
+    call = Call(pieces.shape[0], sizes["H"], pieces.shape[2], taps, str(u.dtype), piece, keep, not causal, interpret)
     out = cast(Array, _convolve(call, impl, (pieces, kernel)))
     out = _joined(out, sizes["B"], length) if halved else out
     out = out if post is None else out * post.astype(jnp.float32)
@@ -141,10 +144,11 @@ def _ref_backward(call: Call, x: Array, kernel: Array, d_out: Array) -> tuple[Ar
 FORWARD = (
     Form(
         "tpu",
-        lambda call, x, k: tpu.forward(x, k, call.sizes, interpret=call.interpret),
+        lambda call, x, k: tpu.forward(x, k, call.sizes, call.keep, interpret=call.interpret),
         platform="tpu",
         refuses=tpu.refuses,
     ),
+    Form("gpu", gpu.forward, platform="cuda", refuses=gpu.refuses),
     Form("fft", lambda call, x, k: blocked.forward_fast(x, k, call.sizes, call.keep)),
     Form("monarch", lambda call, x, k: blocked.forward_monarch(x, k, call.sizes, call.keep)),
     Form("ref", _ref, automatic=False),
@@ -152,10 +156,11 @@ FORWARD = (
 BACKWARD = (
     Form(
         "tpu",
-        lambda call, x, k, d: tpu.backward(x, k, d, call.sizes, interpret=call.interpret),
+        lambda call, x, k, d: tpu.backward(x, k, d, call.sizes, call.keep, interpret=call.interpret),
         platform="tpu",
         refuses=tpu.refuses,
     ),
+    Form("gpu", gpu.backward, platform="cuda", refuses=gpu.refuses),
     Form("fft", lambda call, x, k, d: blocked.backward_fast(x, k, d, call.sizes, call.keep)),
     Form("monarch", lambda call, x, k, d: blocked.backward_monarch(x, k, d, call.sizes, call.keep)),
     Form("ref", _ref_backward, automatic=False),

@@ -39,10 +39,10 @@ def factors(size: int, order: int | None) -> tuple[int, ...] | None:
 
 
 @functools.cache
-def tables(size: int, first: int, keep: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """complex64 DFT matrix [k1, n1] and twiddles [k1, m] of the first stage; `keep` rows of k1, those nearest to 0."""
+def tables(size: int, first: int, keep: int | None, half: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """complex64 DFT matrix [k1, n1] and twiddles [k1, m] of the first stage; k1 as in `kept` or `halved`."""
     rest = size // first
-    k1 = kept(first, keep)[:, None]
+    k1 = (halved if half else kept)(first, keep)[:, None]
     matrix = np.exp(-2j * np.pi * (k1 * np.arange(first) % first) / first)
     twiddle = np.exp(-2j * np.pi * (k1 * np.arange(rest) % size) / size)
     return matrix.astype(np.complex64), twiddle.astype(np.complex64)
@@ -53,6 +53,17 @@ def kept(size: int, keep: int | None) -> np.ndarray:
     if keep is None or keep >= size:
         return np.arange(size)
     return np.concatenate([np.arange((keep + 1) // 2), np.arange(size - keep // 2, size)])
+
+
+def halved(size: int, keep: int | None) -> np.ndarray:
+    """First digits of a real row's spectrum that are kept with their negatives, of which these are the conjugates."""
+    return np.arange(size // 2 + 1 if keep is None or keep >= size else (keep + 1) // 2)
+
+
+def weights(size: int, keep: int | None) -> np.ndarray:
+    """How often each of `halved` stands in the whole spectrum: once where it is its own negative, else twice."""
+    k1 = halved(size, keep)
+    return np.where(2 * k1 % size == 0, 1.0, 2.0).astype(np.float32)
 
 
 @functools.cache
@@ -66,14 +77,15 @@ def kept_frequencies(sizes: tuple[int, ...], keep: tuple[int, ...] | None) -> np
     return natural & np.roll(natural[::-1], 1)
 
 
-def laid_out(spectrum: Array, sizes: tuple[int, ...], keep: tuple[int, ...] | None) -> Array:
-    """[.., N] in natural order -> [.., k1, k2, ...] by digits, those kept."""
+def laid_out(spectrum: Array, sizes: tuple[int, ...], keep: tuple[int, ...] | None, half: bool = False) -> Array:
+    """[.., N] in natural order -> [.., k1, k2, ...] by digits, those kept; `half`: the first ones `halved`."""
     lead = spectrum.ndim - 1
     digits = spectrum.reshape(*spectrum.shape[:-1], *reversed(sizes))
     digits = digits.transpose(*range(lead), *(lead + i for i in reversed(range(len(sizes)))))
     for axis, (size, most) in enumerate(zip(sizes, keep or sizes, strict=True)):
-        if most < size:
-            digits = jnp.take(digits, kept(size, most), axis=lead + axis)
+        taken = halved(size, most) if half and axis == 0 else kept(size, most)
+        if len(taken) < size:
+            digits = jnp.take(digits, taken, axis=lead + axis)
     return digits
 
 
@@ -108,6 +120,32 @@ def inverse(x: Pair, sizes: Sequence[int], keep: Sequence[int] | None, length: i
     return _map(lambda a: a.reshape(*a.shape[:-2], -1)[..., :length], x)
 
 
+def real_transform(x: Array, sizes: Sequence[int], keep: Sequence[int] | None) -> Pair:
+    """`transform` of real numbers: the half of the spectrum whose first digits are `halved`.
+
+    No two rows share a transform as real and imaginary part: their rounding, and a NaN, would meet.
+    """
+    first, *rest = sizes
+    keeps = list(keep or sizes)
+    size, inner = math.prod(sizes), math.prod(rest)
+    matrix, twiddle = tables(size, first, keeps[0], True)
+    x = x.reshape(*x.shape[:-1], x.shape[-1] // inner, inner)
+    real, imag = (_dot("kn,...nm->...km", part[:, : x.shape[-2]], x) for part in _pair(matrix))
+    return transform(times((real, imag), _pair(twiddle)), rest, keeps[1:])
+
+
+def real_inverse(x: Pair, sizes: Sequence[int], keep: Sequence[int] | None, length: int) -> Array:
+    """`inverse` of the half that `real_transform` gives."""
+    first, *rest = sizes
+    keeps = list(keep or sizes)
+    size, inner = math.prod(sizes), math.prod(rest)
+    matrix, twiddle = tables(size, first, keeps[0], True)
+    real, imag = times(inverse(x, rest, keeps[1:], inner), _pair(twiddle.conj()))
+    back = (matrix.T * weights(first, keeps[0]))[: -(-length // inner)]  # its conjugate's real part of the product
+    out = _dot("nk,...km->...nm", np.real(back), real) + _dot("nk,...km->...nm", np.imag(back), imag)
+    return out.reshape(*out.shape[:-2], -1)[..., :length]
+
+
 def times(a: Pair, b: Pair) -> Pair:
     """The product of complex numbers."""
     return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
@@ -115,8 +153,12 @@ def times(a: Pair, b: Pair) -> Pair:
 
 def _product(rule: str, matrix: np.ndarray, x: Pair) -> Pair:
     real, imag = _pair(matrix)
-    dot = functools.partial(jnp.einsum, rule, precision="highest")
+    dot = functools.partial(_dot, rule)
     return dot(real, x[0]) - dot(imag, x[1]), dot(real, x[1]) + dot(imag, x[0])
+
+
+def _dot(rule: str, a: Array | np.ndarray, b: Array) -> Array:
+    return jnp.einsum(rule, jnp.asarray(a), b, precision="highest")
 
 
 def _pair(table: np.ndarray) -> Pair:
