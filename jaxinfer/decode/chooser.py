@@ -39,7 +39,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.measure import LatencyCurve
 
 PRIOR, WEIGHT = 0.7, 2.0  # what is believed of a draft before anything was seen, and how many sights that is worth
-ROUNDS, TURNS = 9, 16  # of a measurement, and forwards in each
+ROUNDS, SECONDS, TURNS = 9, 0.02, 16  # of a measurement; what one lasts at least, or the forwards in it at most
 FORGET, FORGET_PROBE = 0.9, 0.5  # what is left of the counts after a step with drafts, and before a probe
 
 
@@ -104,9 +104,12 @@ class Chooser(DrafterBase):
         forwards = {("target", n): _forwards(step, params, batch, capacity, n) for n in (1, *(m + 1 for m in sizes))}
         if model is not None:
             forwards |= {("draft", n): _forwards(model, draft_params, batch, capacity, n) for n in (1, 2)}
-        # In turns, so that a change of the machine's pace bends no ratio.
-        timings = measure.interleaved({f"{who} {n}": call for (who, n), call in forwards.items()}, rounds=ROUNDS)
-        seconds = {key: timings[f"{key[0]} {key[1]}"].median / TURNS for key in forwards}
+        single = measure.interleaved({"one": functools.partial(forwards["target", 1], 1)}, rounds=1)["one"].median
+        turns = max(1, min(TURNS, round(SECONDS / single)))
+        # Interleaved, so that a change of the machine's pace bends no ratio.
+        calls = {f"{who} {n}": functools.partial(call, turns) for (who, n), call in forwards.items()}
+        timings = measure.interleaved(calls, rounds=ROUNDS)
+        seconds = {key: timings[f"{key[0]} {key[1]}"].median / turns for key in forwards}
         slots = tuple(n for who, n in seconds if who == "target")
         target = LatencyCurve(slots, tuple(seconds["target", n] for n in slots))
         if model is None:
@@ -228,19 +231,19 @@ class Chooser(DrafterBase):
         )
 
 
-def _forwards(step: Step, params: Any, batch: int, capacity: int, size: int) -> Callable[[], Any]:
-    """Runs TURNS forwards of `size` slots and their logits' maximum, over a cache of `batch` rows of `capacity`
+def _forwards(step: Step, params: Any, batch: int, capacity: int, size: int) -> Callable[[int], Any]:
+    """Runs so many forwards of `size` slots and their logits' maximum, over a cache of `batch` rows of `capacity`
     tokens, each fed the last one's tokens: what a loop of steps does, without a call's overhead in each."""
 
     @jax.jit
-    def run(params, cache, tokens):
+    def run(params, cache, tokens, turns):
         positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), tokens.shape)
 
         def turn(_, tokens):
             output, _ = step(params, tokens, positions, cache, None)
             return first_max(step.head(params, output.hidden))[1]
 
-        return jax.lax.fori_loop(0, TURNS, turn, tokens)
+        return jax.lax.fori_loop(0, turns, turn, tokens)
 
     cache = jax.jit(lambda: step.new_cache(batch, capacity))()
     return functools.partial(run, params, cache, jnp.zeros((batch, size), jnp.int32))
