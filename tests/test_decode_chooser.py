@@ -79,7 +79,7 @@ def test_the_size_with_the_most_tokens_a_second_is_taken():
     reached = rng.integers(1, 40, (200, 4)).astype(np.float32)
     stood = np.floor(reached * rng.random((200, 4)) ** 0.1).astype(np.float32)
     state = dataclasses.replace(fresh(c, 200), reached=jnp.asarray(reached), stood=jnp.asarray(stood))
-    sizes, chances = np.asarray(c.choose(state).size), np.asarray(c.chances(state))
+    sizes, chances = np.asarray(c.choose(state, jnp.ones(200, bool)).size), np.asarray(c.chances(state))
     for row in range(200):
         rates = [(1 + chances[row, :m].sum()) / (MILD(m + 1) + 0.1 * m) for m in range(1, 5)]
         want = int(np.argmax(rates)) + 1 if max(rates) >= 1.1 else 0
@@ -89,7 +89,7 @@ def test_the_size_with_the_most_tokens_a_second_is_taken():
 
 def step(c, state, accepted, proposed=None):
     """One step of a row of which `accepted` drafts stand."""
-    state = c.choose(state)
+    state = c.choose(state, jnp.ones(1, bool))
     size = int(state.size[0]) if proposed is None else proposed
     tokens = jnp.zeros((1, c.width), jnp.int32)
     proposal = Proposal.of_chain(tokens, jnp.arange(c.width)[None] < size)
@@ -111,6 +111,23 @@ def test_a_row_that_gains_nothing_stops_and_tries_once_in_64_steps():
     for _ in range(300):  # the text becomes easy: it is noticed
         state, size = step(c, state, 4)
     assert size > 0
+
+
+def test_together_the_rows_take_what_pays_for_all():
+    """One row's drafts stand and three rows' fall: alone, the one drafts and all pay. A finished row has no say."""
+    reached = jnp.full((4, 4), 20.0)
+    stood = jnp.zeros((4, 4)).at[0].set(20.0)
+    c = chooser(MILD)
+    state = dataclasses.replace(fresh(c, 4), reached=reached, stood=stood)
+    live = jnp.ones(4, bool)
+    alone = c.choose(state, live).size
+    assert int(alone[0]) > 0 and alone[1:].tolist() == [0, 0, 0]
+    c = dataclasses.replace(c, together=True)
+    assert c.choose(state, live).size.tolist() == [0] * 4
+    assert c.choose(state, jnp.arange(4) < 1).size.tolist() == [int(alone[0])] * 4
+    waiting = dataclasses.replace(state, waited=jnp.array([63, 63, 63, 0]))
+    assert c.choose(waiting, live).size.tolist() == [0] * 4
+    assert int(c.choose(waiting, jnp.arange(4) < 3).size.min()) > 0
 
 
 def test_steps_in_which_nothing_was_proposed_teach_nothing():

@@ -16,6 +16,10 @@ chooses as before. A row's choice depends on its own past alone, and so does its
 runs at the smallest size that holds every row's drafts (`widths`), so a batch in which no row drafts costs a plain
 step; that is the one thing in which rows touch, and it changes their numbers by rounding alone.
 
+But a row that drafts then costs its neighbours the wider forward. `together` takes one size for the batch, from the
+mean of its rows' expectations: the most tokens a second for the batch, and sampled rows whose draws depend on their
+neighbours (their law does not, nor greedy output), so that a job must go on with the same batches to be the same.
+
 Stability: experimental.
 """
 
@@ -60,13 +64,15 @@ class ChooserState:
 class Chooser(DrafterBase):
     """`drafter`: whose drafts are chosen from. `target`: seconds of a target forward by scored slots; `draft`: seconds
     of drafting by drafts (None: nothing). `sizes`: draft counts to choose among, each compiled (empty: powers of two,
-    and the drafter's width). `gain`: the least predicted speed-up for which a row drafts; `probe`: see above."""
+    and the drafter's width). `gain`: the least predicted speed-up for which a row drafts; `together`, `probe`: see
+    above."""
 
     drafter: Any
     target: LatencyCurve
     draft: LatencyCurve | None = None
     sizes: tuple[int, ...] = ()
     gain: float = 1.1
+    together: bool = False
     probe: int = 64
 
     def __post_init__(self):
@@ -170,7 +176,7 @@ class Chooser(DrafterBase):
 
     def propose(self, params, state: ChooserState, seq, cache, key, *, target_params, warp):
         """The drafter's first drafts, as many as pay."""
-        state = self.choose(state)
+        state = self.choose(state, ~seq.done)
         inner = self.drafter.shortened(state.inner, state.size)
         proposal, inner = self.drafter.propose(params, inner, seq, cache, key, target_params=target_params, warp=warp)
         proposal = proposal.leading(self.width)
@@ -182,16 +188,21 @@ class Chooser(DrafterBase):
         inner = self.drafter.observe(params, state.inner, seq, proposal, scored, verdict, n, cache)
         return dataclasses.replace(self.count(state, proposal, verdict), inner=inner)
 
-    def choose(self, state: ChooserState) -> ChooserState:
-        """The state with this step's size."""
+    def choose(self, state: ChooserState, live: jax.Array) -> ChooserState:
+        """The state with this step's size; `live bool[B]`: rows that count where one size is for all."""
         expected = 1 + jnp.cumsum(self.chances(state), 1)
         costs = [self.cost(m) for m in (0, *self.sizes)]
         tokens = jnp.stack([jnp.ones_like(expected[:, 0]), *(expected[:, m - 1] for m in self.sizes)], 1)
+        waited = state.waited
+        if self.together:
+            mean = (tokens * live[:, None]).sum(0) / jnp.maximum(live.sum(), 1)
+            tokens = jnp.broadcast_to(mean, tokens.shape)
+            waited = jnp.broadcast_to(jnp.where(live, waited, self.probe).min(), waited.shape)
         rate = tokens / jnp.asarray(costs, jnp.float32) * costs[0]  # 1 without drafts
         best = jnp.argmax(rate[:, 1:], 1)
         size = jnp.asarray(self.sizes, jnp.int32)[best]
         pays = jnp.take_along_axis(rate[:, 1:], best[:, None], 1)[:, 0] >= self.gain
-        probes = ~pays & (state.waited >= self.probe - 1)
+        probes = ~pays & (waited >= self.probe - 1)
         kept = jnp.where(probes, FORGET_PROBE, 1.0)[:, None]
         return dataclasses.replace(
             state, reached=state.reached * kept, stood=state.stood * kept, size=jnp.where(pays | probes, size, 0)
