@@ -1,5 +1,6 @@
 """The I/O model: it counts what the kernels' own grids and index maps fetch, and follows the paper's two regimes."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jaxinfer.pallas_kernels.attention import io
-from jaxinfer.pallas_kernels.attention.flash import tpu
+from jaxinfer.pallas_kernels.attention.block_sparse import walk
+from jaxinfer.pallas_kernels.attention.block_sparse.call import turn
+from jaxinfer.pallas_kernels.attention.flash import gpu, listed, tpu
 from jaxinfer.pallas_kernels.attention.flash.call import Call
 from jaxinfer.pallas_kernels.attention.flash.scores import Rules
 
@@ -24,6 +27,11 @@ CALLS = {
     "a chunk against its past": call(causal=True, queries=128, keys=512),
     "one block of keys": call(queries=256, keys=128),
     "more queries than keys": call(causal=True, queries=512, keys=256),
+}
+# By the cache that the blocks are chosen for: one that holds d x d numbers, and one that does not.
+TPU_REGIMES = {
+    "large": (call(queries=128, keys=128, causal=True, dim=16), (8, 16, 32)),
+    "small": (call(queries=64, keys=64, causal=True, dim=256), (8, 16)),
 }
 
 
@@ -47,7 +55,7 @@ def traffic(monkeypatch):
                         count += at != before
                         before = at
                     moved[name] += count * int(np.prod(spec.block_shape)) * jnp.dtype(end.dtype).itemsize
-            results = [jnp.zeros(x.shape, x.dtype) for x in outs]
+            results = [np.zeros(x.shape, x.dtype) for x in outs]
             return results if isinstance(out_shape, list) else results[0]
 
         return run
@@ -58,7 +66,7 @@ def traffic(monkeypatch):
 
 def arrays(c: Call):
     shapes = [(c.batch, c.heads, c.queries, c.dim)] + [(c.batch, c.kv_heads, c.keys, c.dim)] * 2
-    return [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+    return [np.zeros(shape, jnp.bfloat16) for shape in shapes]
 
 
 @pytest.mark.smoke
@@ -70,10 +78,23 @@ def test_forward_bytes_are_the_kernels_fetches(name, traffic):
     assert traffic == {"read": model.read, "written": model.written}
 
 
+@pytest.mark.parametrize("regime", TPU_REGIMES)
+def test_forward_bytes_in_both_regimes(regime, traffic):
+    """Blocks chosen for a cache of more or fewer than d x d numbers move what the model says."""
+    c, sizes = TPU_REGIMES[regime]
+    cache = 2 * c.dim * c.dim - 2 if regime == "small" else 24 << 10
+    assert io.regime(c.dim, cache // 2) == regime
+    c = dataclasses.replace(c, block=io.choose_block(c, cache, sizes))
+    assert c.block is not None and io.working_set(c, c.block) <= cache
+    tpu.forward(c, *arrays(c), None, None, None)
+    model = io.forward_bytes(c, c.block)
+    assert traffic == {"read": model.read, "written": model.written}
+
+
 @pytest.mark.parametrize("name", ["causal", "window", "one block of keys"])
 def test_backward_bytes_are_the_kernels_fetches(name, traffic):
     c = CALLS[name]
-    rows = jnp.zeros((c.batch, c.heads, c.queries))
+    rows = np.zeros((c.batch, c.heads, c.queries), np.float32)
     q, k, v = arrays(c)
     tpu.backward(c, q, k, v, None, None, None, q, rows, q, rows)
     model = io.backward_bytes(c, c.block)
@@ -119,3 +140,74 @@ def test_blocks_are_chosen_by_bytes():
     for pair in itertools.product(sizes, repeat=2):
         assert io.working_set(c, pair) > 1 << 24 or io.forward_bytes(c, pair).total >= best
     assert io.choose_block(c, 1, sizes) == (128, 128)
+
+
+def replay(c: Call, block: tuple[int, int], item: int = 2) -> tuple[io.Traffic, io.Traffic]:
+    """Bytes forward and backward of the Hopper kernels, copy by copy, from the arithmetic by which they copy."""
+    sparse = listed.sparse_call(c, block)
+    lists, counts = listed.runs(c, block)
+    turned, turned_counts = turn(lists, counts, c.group, c.group, sparse.k_blocks)
+    pair = (c.dim + c.value_dim) * item  # a row of q and dout, or of k and v
+    tile = io.choose_tile(block[1], c.dim, c.value_dim)
+    forward = walk.Walk(sparse, tile)
+    programs, streamed = fetches(forward, lists, counts)
+    own = programs * walk.ROWS
+    first = io.Traffic(own * c.dim * item + streamed * pair, own * (c.value_dim * item + 4))
+    _, of_queries = fetches(walk.Walk(sparse, walk.ROWS), lists, counts)
+    key_programs, of_keys = fetches(walk.Walk(sparse, walk.ROWS, turned=True), turned, turned_counts)
+    keys = key_programs * walk.ROWS
+    read = own * (pair + 8) + of_queries * pair + keys * pair + of_keys * (pair + 8)
+    return first, io.Traffic(read, own * c.dim * item + keys * pair)
+
+
+def fetches(kernel: walk.Walk, lists: np.ndarray, counts: np.ndarray) -> tuple[int, int]:
+    """Programs of the grid, and the rows that they stream; every tile lies within the array and comes once."""
+    flash, programs, rows = kernel.call.flash, list(itertools.product(*map(range, kernel.grid))), 0
+    heads, length = (flash.heads, flash.queries) if kernel.turned else (flash.kv_heads, flash.keys)
+    for program in programs:
+        tiles = [kernel.streamed(program, lists, j) for j in range(int(kernel.steps(program, counts)))]
+        rows += len(tiles) * kernel.tile
+        assert len(set(tiles)) == len(tiles) and all(head < heads and 0 <= at < length for _, head, at in tiles)
+    assert len({kernel.own(program) for program in programs}) == len(programs)
+    return len(programs), rows
+
+
+HOPPER = {
+    "large": call(causal=True, queries=500, keys=640),
+    "large, window": call(causal=True, window=200, queries=640, keys=640, dim=128),
+    "large, full": call(queries=256, keys=512, batch=1, dim=128),
+    "small": call(causal=True, queries=256, keys=256, dim=512),  # shared memory is less than d x d numbers
+}
+
+
+@pytest.mark.parametrize("block", [(64, 64), (64, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_bytes_are_the_kernels_copies(name, block):
+    c = HOPPER[name]
+    assert io.regime(c.dim, io.SHARED // 2) == name.split(",")[0]
+    assert replay(c, block) == (io.hopper_forward_bytes(c, block), io.hopper_backward_bytes(c, block))
+
+
+@pytest.mark.parametrize("regime", ["large", "small"])
+def test_a_step_too_few_or_too_many_is_caught(regime, monkeypatch):
+    """Negative control: kernels whose walk ends one tile early or late do not move the model's bytes."""
+    c = HOPPER[regime]
+    steps = walk.Walk.steps
+    monkeypatch.setattr(walk.Walk, "steps", lambda self, program, counts: steps(self, program, counts) - 1)
+    forward, backward = replay(c, (64, 64))
+    assert forward != io.hopper_forward_bytes(c, (64, 64)) and backward != io.hopper_backward_bytes(c, (64, 64))
+    monkeypatch.setattr(walk.Walk, "steps", lambda self, program, counts: steps(self, program, counts) + 1)
+    with pytest.raises((AssertionError, IndexError)):
+        forward, backward = replay(c, (64, 64))
+        assert forward == io.hopper_forward_bytes(c, (64, 64))
+
+
+def test_hopper_blocks_are_chosen_by_bytes_and_room():
+    """Long lists are halved where that costs next to nothing; where a mask's edge would cost, blocks stay small."""
+    assert gpu.blocks(call(causal=True, queries=4096, keys=4096, block=None)) == (64, 128)
+    assert gpu.blocks(call(causal=True, block=None)) == (64, 64)
+    assert gpu.blocks(call(block=None)) == (64, 128), "no mask: the same bytes"
+    assert gpu.blocks(call(block=(128, 64))) == (128, 64), "the caller's"
+    assert [io.choose_tile(128, d, d) for d in (64, 128, 256)] == [128, 64, 64]
+    assert io.choose_tile(64, 64, 64) == 64
+    assert io.hopper_fits(64, 128, 128) and not io.hopper_fits(128, 128, 128)

@@ -31,12 +31,17 @@ def test_table_then_rule(tables):
     assert block() == (128, 64)
     assert block(sizes=(2049, 2048, 64)) == rule(), "the next bucket"
     assert block(op="decode") == block(dtype="float32") == block(device="cpu") == rule()
+    sizes = (2000, 1025, 64)
+    for serves, want in ((lambda block: block[1] < 100, (128, 64)), (lambda block: block[1] > 100, rule())):
+        assert tuning.block("flash", "bfloat16", sizes, rule, device="NVIDIA H200", serves=serves) == want
 
 
 def test_the_device_is_the_one_that_is_traced_for(tables):
     assert tuning.device_kind() == jax.devices()[0].device_kind
     with jax.sharding.use_abstract_mesh(TARGETS["h200"].mesh()):
         assert tuning.block("flash", "bfloat16", (2048, 2048, 64), rule) == (128, 64)
+        assert tuning.device_for("NVIDIA H100") == "NVIDIA H200", "the device itself goes before its make"
+        assert tuning.device_for("TPU") == "TPU"
 
 
 def test_buckets():

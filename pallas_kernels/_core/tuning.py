@@ -20,12 +20,28 @@ TABLES = Path(__file__).parent.parent / "tuned"
 
 
 def block(
-    op: str, dtype: str, sizes: Sequence[int], heuristic: Callable[[], tuple[int, ...]], *, device: str | None = None
+    op: str,
+    dtype: str,
+    sizes: Sequence[int],
+    heuristic: Callable[[], tuple[int, ...]],
+    *,
+    device: str | None = None,
+    serves: Callable[[tuple[int, ...]], bool] = lambda block: True,
 ) -> tuple[int, ...]:
-    """Block sizes for `op` at `sizes`: those in the table of `device` (default: where it runs), or the rule."""
-    table = _table(device or device_kind())
-    found = table.get(op, {}).get(dtype, {}).get(bucket(sizes))
-    return tuple(found) if found else heuristic()
+    """Block sizes for `op` at `sizes`: those in the device's table, if they serve this very call, or the rule.
+
+    The device is where the call runs, or, where that is of another make than `device`, `device`: a program for an H200
+    that is traced on a CPU takes the H200's table, and one on an H100 the H100's. A bucket holds several sizes, so
+    `serves` says whether blocks that were measured for one of them can be taken here.
+    """
+    found = _table(device_for(device)).get(op, {}).get(dtype, {}).get(bucket(sizes))
+    return tuple(found) if found and serves(tuple(found)) else heuristic()
+
+
+def device_for(device: str | None) -> str:
+    """The kind of the device that a trace is for; `device` where that one's first word is another."""
+    here = device_kind()
+    return here if device is None or here.split()[0] == device.split()[0] else device
 
 
 def bucket(sizes: Sequence[int]) -> str:
@@ -39,7 +55,12 @@ def device_kind() -> str:
     return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
 
 
+def table_path(device: str) -> Path:
+    """Where the table of a kind of device lies."""
+    return TABLES / f"{device.lower().replace(' ', '_')}.json"
+
+
 @functools.cache
 def _table(device: str) -> dict[str, dict[str, dict[str, list[int]]]]:
-    path = TABLES / f"{device.lower().replace(' ', '_')}.json"
+    path = table_path(device)
     return json.loads(path.read_text()) if path.exists() else {}

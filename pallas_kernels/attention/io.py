@@ -15,6 +15,7 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -23,6 +24,14 @@ import numpy as np
 from jaxinfer.pallas_kernels._core.check import positive
 from jaxinfer.pallas_kernels.attention.flash.call import Call, cdiv
 from jaxinfer.pallas_kernels.attention.flash.listed import runs
+
+# A multiprocessor of an H100 or H200: bytes of shared memory, of which a program takes RESERVED besides its tiles, and
+# registers of a thread, of which OVERHEAD hold addresses, masks and row sums. Both are what the compiler's own figures
+# (tests/budgets/flash.json) leave when the tiles are taken off.
+SHARED, RESERVED, REGISTERS, OVERHEAD = 228 << 10, 5 << 10, 255, 88
+PROGRAMS = 2  # on a multiprocessor: one's softmax overlaps the other's products
+TILES = (64, 128)  # keys of a tile that the Hopper kernels are written for
+NEAR = 1 / 16  # of the bytes: what the model cannot tell apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +120,69 @@ def choose_block(call: Call, cache: int, sizes: Sequence[int], *, item: int = 2)
     pairs = [(rows, keys) for rows in sorted(sizes) for keys in sorted(sizes)]
     fitting = [pair for pair in pairs if working_set(call, pair, item=item) <= cache] or pairs[:1]
     return min(fitting, key=lambda pair: (forward_bytes(call, pair, item=item).total, pair[0] * pair[1]))
+
+
+def hopper_forward_bytes(call: Call, block: tuple[int, int], *, item: int = 2) -> Traffic:
+    """Bytes between memory and shared memory of `flash`'s forward kernel on Hopper in these blocks, lists left out.
+
+    A program holds 64 rows of one head and fetches all that its block lists; programs share nothing but the L2 cache.
+    """
+    own = call.batch * call.heads * cdiv(call.queries, block[0]) * block[0]
+    numbers = own * call.dim + _hopper_keys(call, block) * (call.dim + call.value_dim)
+    return Traffic(numbers * item, own * (call.value_dim * item + 4))
+
+
+def hopper_backward_bytes(call: Call, block: tuple[int, int], *, item: int = 2) -> Traffic:
+    """Bytes of `flash`'s two backward kernels on Hopper, counted like those of `hopper_forward_bytes`."""
+    size = (call.dim + call.value_dim) * item
+    own = call.batch * call.heads * cdiv(call.queries, block[0]) * block[0]
+    keys = call.batch * call.kv_heads * cdiv(call.keys, block[1]) * block[1]
+    # A listed pair of blocks: each 64 of its queries fetch all its keys, and turned round each 64 keys all its queries.
+    streamed = _hopper_keys(call, block)
+    read = own * (size + 8) + streamed * size + keys * size + streamed * (size + 8)
+    return Traffic(read, own * call.dim * item + keys * size)
+
+
+@functools.lru_cache(maxsize=256)
+def choose_hopper(call: Call) -> tuple[int, int]:
+    """The blocks of `flash` on Hopper: the shortest lists whose bytes forward are within a sixteenth of the fewest.
+
+    A block has the 64 queries of a program: of a longer one each program would fetch what only others' rows see. More
+    keys a block save entries, which the backward pass turns round, and fetch more beyond a mask's edge.
+    """
+    from jaxinfer.pallas_kernels.attention.block_sparse.walk import ROWS
+
+    pairs = [(ROWS, keys) for keys in TILES]
+    total = {pair: hopper_forward_bytes(call, pair).total for pair in pairs}
+    near = [pair for pair in pairs if total[pair] <= (1 + NEAR) * min(total.values())]
+    return min(near, key=lambda pair: (int(runs(_whole(call), pair)[1].sum()), total[pair]))
+
+
+def choose_tile(block_k: int, dim: int, value_dim: int) -> int:
+    """Keys of a forward tile: the most that divide `block_k` and leave room for two programs, or 64."""
+    fitting = [tile for tile in TILES if block_k % tile == 0 and hopper_fits(tile, dim, value_dim)]
+    return max(fitting, default=min(TILES))
+
+
+def hopper_fits(tile: int, dim: int, value_dim: int, *, item: int = 2) -> bool:
+    """Whether a multiprocessor of an H100 or H200 has room for two forward programs with tiles of so many keys."""
+    from jaxinfer.pallas_kernels.attention.block_sparse.walk import ROWS, STAGES
+
+    shared = item * (ROWS * dim + STAGES * tile * (dim + value_dim)) + 4 * ROWS + RESERVED
+    return PROGRAMS * shared <= SHARED and hopper_registers(tile, value_dim) <= REGISTERS
+
+
+def hopper_registers(tile: int, value_dim: int) -> int:
+    """Registers of a thread: its share of 64 rows of float32 scores and sums and 16-bit weights, and the overhead."""
+    return tile // 2 + tile // 4 + value_dim // 2 + OVERHEAD
+
+
+def _hopper_keys(call: Call, block: tuple[int, int]) -> int:
+    """Rows of keys that the programs of the Hopper kernels fetch, each the lists of its 64 queries."""
+    from jaxinfer.pallas_kernels.attention.block_sparse.walk import ROWS
+
+    entries = int(runs(_whole(call), block)[1].sum())
+    return call.batch * call.heads * entries * (block[0] // ROWS) * block[1]
 
 
 def _whole(call: Call) -> Call:

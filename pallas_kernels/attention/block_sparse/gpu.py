@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxinfer.pallas_kernels._core import tuning
 from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels.attention import io
 from jaxinfer.pallas_kernels.attention.block_sparse.call import Call
+from jaxinfer.pallas_kernels.attention.block_sparse.walk import NAMES, ROWS, STAGES, Walk
 from jaxinfer.pallas_kernels.attention.flash.scores import LN2, NO_PEAK, UNSEEN, backward_rows
 
-ROWS = 64  # of a warpgroup's wgmma
-STAGES = 2  # tiles in flight
 BUFFERS = ("own_a", "own_b", "streamed_a", "streamed_b", "own_here", "here")  # of a backward kernel
 
 
@@ -52,8 +53,8 @@ def forward(call: Call, q, k, v, indices, counts, turned, turned_counts, q_lengt
 
     del turned, turned_counts
     flash = call.flash
-    # Heads of 128 in tiles of 128 would leave a multiprocessor's shared memory to one block alone.
-    tile = 128 if call.block_k % 128 == 0 and flash.dim == 64 else ROWS
+    tile = tile_of(call)
+    walk = Walk(call, tile)
     buffers = dict(
         q_s=_tile(ROWS, flash.dim, flash.dtype),
         k_s=_tile(tile, flash.dim, flash.dtype, STAGES),
@@ -64,13 +65,13 @@ def forward(call: Call, q, k, v, indices, counts, turned, turned_counts, q_lengt
         v_here=plgpu.Barrier(num_barriers=STAGES),
     )
     run = plgpu.kernel(
-        functools.partial(_forward_kernel, call, tile),
+        functools.partial(_forward_kernel, walk),
         out_type=[
             jax.ShapeDtypeStruct((*q.shape[:3], flash.value_dim), q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ],
-        grid=(flash.queries // ROWS, flash.heads, flash.batch),
-        grid_names=("rows", "head", "batch"),
+        grid=walk.grid,
+        grid_names=NAMES,
         scratch_types=buffers,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
@@ -92,23 +93,38 @@ def backward(
     here = plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)
     buffers: dict[str, Any] = dict(zip(BUFFERS, (own(), own(), streamed(), streamed(), own_here, here), strict=True))
     params = plgpu.CompilerParams(approx_math=True)
+    of_queries, of_keys = Walk(call, ROWS), Walk(call, ROWS, turned=True)
     dq = plgpu.kernel(
-        functools.partial(_queries_kernel, call),
+        functools.partial(_queries_kernel, of_queries),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(flash.queries // ROWS, flash.heads, flash.batch),
-        grid_names=("rows", "head", "batch"),
+        grid=of_queries.grid,
+        grid_names=NAMES,
         scratch_types=buffers,
         compiler_params=params,
     )(q, k, v, *rows, indices, counts, *scalars)
     dk, dv = plgpu.kernel(
-        functools.partial(_keys_kernel, call),
+        functools.partial(_keys_kernel, of_keys),
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
-        grid=(flash.keys // ROWS, flash.kv_heads, flash.batch),
-        grid_names=("rows", "head", "batch"),
+        grid=of_keys.grid,
+        grid_names=NAMES,
         scratch_types=buffers,
         compiler_params=params,
     )(q, k, v, *rows, turned, turned_counts, *scalars)
     return dq, dk, dv
+
+
+def tile_of(call: Call) -> int:
+    """Rows of keys of a forward tile: the table's, or as many as the machine has room for."""
+    flash = call.flash
+    sizes = (call.block_q, call.block_k, flash.dim)
+
+    def serves(block: tuple[int, ...]) -> bool:
+        return len(block) == 1 and block[0] % ROWS == 0 and call.block_k % block[0] == 0
+
+    def rule() -> tuple[int]:
+        return (io.choose_tile(call.block_k, flash.dim, flash.value_dim),)
+
+    return tuning.block("block_sparse", flash.dtype, sizes, rule, device="NVIDIA H200", serves=serves)[0]
 
 
 def _scalars(call: Call, q_lengths, kv_lengths, slopes) -> tuple[jax.Array, ...]:
@@ -125,23 +141,6 @@ def _tile(rows: int, size: int, dtype: str, stages: int | None = None) -> Any:
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     shape = (rows, size) if stages is None else (stages, rows, size)
     return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=transforms)
-
-
-class _List:
-    """The list that a block of rows walks, in tiles: `tile` rows of the listed blocks of `block` rows."""
-
-    def __init__(self, lists, counts, batch, head, number, block: int, tile: int):
-        b, h = (index if size > 1 else 0 for index, size in zip((batch, head), lists.shape, strict=False))
-        self.at, self.lists, self.parts, self.tile = (b, h, number), lists, block // tile, tile
-        self.count = counts[b, h, number] * self.parts
-
-    def block(self, j):
-        """The j-th tile's entry in the list."""
-        return self.lists[(*self.at, j // self.parts)]
-
-    def start(self, j, block):
-        """The first row of the j-th tile, in block number `block`."""
-        return block * (self.parts * self.tile) + j % self.parts * self.tile
 
 
 class _Pair:
@@ -171,35 +170,37 @@ class _Pair:
         return score if seen is None else jnp.where(seen, score, UNSEEN)
 
 
-def _forward_kernel(call: Call, tile: int, q, k, v, lists, counts, *refs, **buffers) -> None:
+def _forward_kernel(walk: Walk, q, k, v, lists, counts, *refs, **buffers) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    call, tile = walk.call, walk.tile
     scalars, (out, lse) = refs[:3], refs[3:]
     q_s, k_s, v_s, lse_s, q_here, k_here, v_here = (
         buffers[name] for name in ("q_s", "k_s", "v_s", "lse_s", "q_here", "k_here", "v_here")
     )
-    rows, head, batch = (lax.axis_index(name) for name in ("rows", "head", "batch"))
-    kv_head, layout = head // call.flash.group, plgpu.Layout.WGMMA
-    own = pl.ds(rows * ROWS, ROWS)
-    todo = _List(lists, counts, batch, head, rows * ROWS // call.block_q, call.block_k, tile)
+    layout = plgpu.Layout.WGMMA
+    program = tuple(lax.axis_index(name) for name in NAMES)
+    batch, head, first_row = walk.own(program)
+    own = pl.ds(first_row, ROWS)
+    steps = walk.steps(program, counts)
 
     def fetch(j):
-        at = pl.ds(todo.start(j, todo.block(j)), tile)
-        slot = j % STAGES
-        plgpu.copy_gmem_to_smem(k.at[batch, kv_head, at], k_s.at[slot], k_here.at[slot])
-        plgpu.copy_gmem_to_smem(v.at[batch, kv_head, at], v_s.at[slot], v_here.at[slot])
+        at_batch, kv_head, first = walk.streamed(program, lists, j)
+        at, slot = pl.ds(first, tile), j % STAGES
+        plgpu.copy_gmem_to_smem(k.at[at_batch, kv_head, at], k_s.at[slot], k_here.at[slot])
+        plgpu.copy_gmem_to_smem(v.at[at_batch, kv_head, at], v_s.at[slot], v_here.at[slot])
 
     plgpu.copy_gmem_to_smem(q.at[batch, head, own], q_s, q_here)
-    pl.when(todo.count > 0)(lambda: fetch(0))
+    pl.when(steps > 0)(lambda: fetch(0))
     plgpu.barrier_wait(q_here)
 
     def step(j, carry):
         acc, peak, total = carry
         slot = j % STAGES
-        _fetch_next(fetch, j + 1, todo.count)
+        _fetch_next(fetch, j + 1, steps)
         plgpu.barrier_wait(k_here.at[slot])
-        first = todo.start(j, todo.block(j))
-        pair = _Pair(call, scalars, batch, head, rows * ROWS, first, (ROWS, tile))
+        _, _, first = walk.streamed(program, lists, j)
+        pair = _Pair(call, scalars, batch, head, first_row, first, (ROWS, tile))
         score = pair.masked(_product(q_s, k_s.at[slot].transpose((1, 0)), (ROWS, tile)))
         new = jnp.maximum(peak, score.max(axis=1))
         shrink = jnp.exp2(peak - new)
@@ -214,7 +215,7 @@ def _forward_kernel(call: Call, tile: int, q, k, v, lists, counts, *refs, **buff
         plgpu.layout_cast(jnp.full((ROWS,), NO_PEAK, jnp.float32), layout.reduce(1)),
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1)),
     )
-    acc, peak, total = lax.fori_loop(0, todo.count, step, start)
+    acc, peak, total = lax.fori_loop(0, steps, step, start)
     empty = total == 0.0
     divisor = jnp.where(empty, 1.0, total)
     lse_s[...] = jnp.where(empty, -jnp.inf, (peak + jnp.log2(divisor)) * LN2)
@@ -225,34 +226,36 @@ def _forward_kernel(call: Call, tile: int, q, k, v, lists, counts, *refs, **buff
     plgpu.wait_smem_to_gmem(0)
 
 
-def _queries_kernel(call: Call, q, k, v, dout, lse, delta, lists, counts, *refs, **buffers) -> None:
+def _queries_kernel(walk: Walk, q, k, v, dout, lse, delta, lists, counts, *refs, **buffers) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    call = walk.call
     scalars, (dq,) = refs[:3], refs[3:]
     q_s, dout_s, k_s, v_s, own_here, here = (buffers[name] for name in BUFFERS)
-    rows, head, batch = (lax.axis_index(name) for name in ("rows", "head", "batch"))
-    kv_head, layout = head // call.flash.group, plgpu.Layout.WGMMA
-    own = pl.ds(rows * ROWS, ROWS)
-    todo = _List(lists, counts, batch, head, rows * ROWS // call.block_q, call.block_k, ROWS)
+    layout = plgpu.Layout.WGMMA
+    program = tuple(lax.axis_index(name) for name in NAMES)
+    batch, head, first_row = walk.own(program)
+    own = pl.ds(first_row, ROWS)
+    steps = walk.steps(program, counts)
 
     def fetch(j):
-        at = pl.ds(todo.start(j, todo.block(j)), ROWS)
-        slot = j % STAGES
-        plgpu.copy_gmem_to_smem(k.at[batch, kv_head, at], k_s.at[slot], here.at[slot])
-        plgpu.copy_gmem_to_smem(v.at[batch, kv_head, at], v_s.at[slot], here.at[slot])
+        at_batch, kv_head, first = walk.streamed(program, lists, j)
+        at, slot = pl.ds(first, ROWS), j % STAGES
+        plgpu.copy_gmem_to_smem(k.at[at_batch, kv_head, at], k_s.at[slot], here.at[slot])
+        plgpu.copy_gmem_to_smem(v.at[at_batch, kv_head, at], v_s.at[slot], here.at[slot])
 
     plgpu.copy_gmem_to_smem(q.at[batch, head, own], q_s, own_here)
     plgpu.copy_gmem_to_smem(dout.at[batch, head, own], dout_s, own_here)
-    pl.when(todo.count > 0)(lambda: fetch(0))
+    pl.when(steps > 0)(lambda: fetch(0))
     lse_rows, delta_rows = (_load(x.at[batch, head, own], layout.reduce(1)) for x in (lse, delta))
     plgpu.barrier_wait(own_here)
 
     def step(j, acc):
         slot = j % STAGES
-        _fetch_next(fetch, j + 1, todo.count)
+        _fetch_next(fetch, j + 1, steps)
         plgpu.barrier_wait(here.at[slot])
-        first = todo.start(j, todo.block(j))
-        pair = _Pair(call, scalars, batch, head, rows * ROWS, first, (ROWS, ROWS))
+        _, _, first = walk.streamed(program, lists, j)
+        pair = _Pair(call, scalars, batch, head, first_row, first, (ROWS, ROWS))
         product = _product(q_s, k_s.at[slot].transpose((1, 0)), (ROWS, ROWS))
         weight = jnp.exp2(pair.masked(product) - lax.broadcast_in_dim(lse_rows, product.shape, [0]))
         dweight = _product(dout_s, v_s.at[slot].transpose((1, 0)), (ROWS, ROWS))
@@ -261,51 +264,48 @@ def _queries_kernel(call: Call, q, k, v, dout, lse, delta, lists, counts, *refs,
         return _add_product(acc, dscore.astype(k.dtype), k_s.at[slot])
 
     acc = plgpu.layout_cast(jnp.zeros((ROWS, call.flash.dim), jnp.float32), layout)
-    acc = lax.fori_loop(0, todo.count, step, acc)
+    acc = lax.fori_loop(0, steps, step, acc)
     q_s[...] = (acc * call.flash.rules.scale).astype(q_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_s, dq.at[batch, head, own])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _keys_kernel(call: Call, q, k, v, dout, lse, delta, lists, counts, *refs, **buffers) -> None:
+def _keys_kernel(walk: Walk, q, k, v, dout, lse, delta, lists, counts, *refs, **buffers) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    call = walk.call
     scalars, (dk, dv) = refs[:3], refs[3:]
     k_s, v_s, q_s, dout_s, own_here, here = (buffers[name] for name in BUFFERS)
-    rows, kv_head, batch = (lax.axis_index(name) for name in ("rows", "head", "batch"))
     layout = plgpu.Layout.WGMMA
-    own = pl.ds(rows * ROWS, ROWS)
-    todo = _List(lists, counts, batch, kv_head, rows * ROWS // call.block_k, call.block_q, ROWS)
-
-    def at(j):
-        """Head and rows of the j-th tile of queries: an entry of a turned list names both."""
-        entry = todo.block(j)
-        return kv_head * call.flash.group + entry // call.q_blocks, todo.start(j, entry % call.q_blocks)
+    program = tuple(lax.axis_index(name) for name in NAMES)
+    batch, kv_head, first_key = walk.own(program)
+    own = pl.ds(first_key, ROWS)
+    steps = walk.steps(program, counts)
 
     def fetch(j):
-        head, first = at(j)
-        slot = j % STAGES
-        plgpu.copy_gmem_to_smem(q.at[batch, head, pl.ds(first, ROWS)], q_s.at[slot], here.at[slot])
-        plgpu.copy_gmem_to_smem(dout.at[batch, head, pl.ds(first, ROWS)], dout_s.at[slot], here.at[slot])
+        at_batch, head, first = walk.streamed(program, lists, j)
+        at, slot = pl.ds(first, ROWS), j % STAGES
+        plgpu.copy_gmem_to_smem(q.at[at_batch, head, at], q_s.at[slot], here.at[slot])
+        plgpu.copy_gmem_to_smem(dout.at[at_batch, head, at], dout_s.at[slot], here.at[slot])
 
     plgpu.copy_gmem_to_smem(k.at[batch, kv_head, own], k_s, own_here)
     plgpu.copy_gmem_to_smem(v.at[batch, kv_head, own], v_s, own_here)
-    pl.when(todo.count > 0)(lambda: fetch(0))
+    pl.when(steps > 0)(lambda: fetch(0))
     plgpu.barrier_wait(own_here)
 
     def step(j, carry):
         dk_acc, dv_acc = carry
         slot = j % STAGES
-        _fetch_next(fetch, j + 1, todo.count)
-        head, first = at(j)
+        _fetch_next(fetch, j + 1, steps)
+        _, head, first = walk.streamed(program, lists, j)
         shape = (ROWS, ROWS)
         lse_row, delta_row = (
             lax.broadcast_in_dim(_load(x.at[batch, head, pl.ds(first, ROWS)], layout.reduce(0)), shape, [1])
             for x in (lse, delta)
         )
         plgpu.barrier_wait(here.at[slot])
-        pair = _Pair(call, scalars, batch, head, first, rows * ROWS, shape, turned=True)
+        pair = _Pair(call, scalars, batch, head, first, first_key, shape, turned=True)
         product = _product(k_s, q_s.at[slot].transpose((1, 0)), shape)
         weight = jnp.exp2(pair.masked(product) - lse_row)
         dv_acc = _add_product(dv_acc, weight.astype(v.dtype), dout_s.at[slot])
@@ -314,7 +314,7 @@ def _keys_kernel(call: Call, q, k, v, dout, lse, delta, lists, counts, *refs, **
         return _add_product(dk_acc, dscore.astype(q.dtype), q_s.at[slot]), dv_acc
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, call.flash.dim), jnp.float32), layout)
-    dk_acc, dv_acc = lax.fori_loop(0, todo.count, step, (zeros, zeros))
+    dk_acc, dv_acc = lax.fori_loop(0, steps, step, (zeros, zeros))
     k_s[...] = (dk_acc * call.flash.rules.scale).astype(k_s.dtype)
     v_s[...] = dv_acc.astype(v_s.dtype)
     plgpu.commit_smem()

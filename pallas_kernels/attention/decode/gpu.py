@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxinfer.pallas_kernels._core import tuning
 from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels.attention import io
 from jaxinfer.pallas_kernels.attention.decode.call import FLOOR, MASKED, Call, Store, normalize, visible
 from jaxinfer.pallas_kernels.attention.decode.codes import Codes, unpack
 from jaxinfer.pallas_kernels.attention.decode.items import Queries, State, live_blocks, merge, tiles, untiled
@@ -128,12 +130,20 @@ def _mosaic_gpu() -> Any:
 
 
 def _block(call: Call) -> int:
-    """Tokens of a block: as many as a group of constants a channel, 128 if that is free."""
+    """Tokens of a block: the caller's, the table's, or the most that the cache, its codes and the registers allow."""
     if call.block is not None:
         return call.block
     grouped = [s.tokens for s in (call.keys, call.values) if s.coded and s.tokens > 1]
-    small = call.dim > 128 or call.capacity < 128 or any(tokens % 128 for tokens in grouped)
-    return 64 if small else 128
+
+    def serves(block: tuple[int, ...]) -> bool:
+        return len(block) == 1 and block[0] <= call.capacity and not any(tokens % block[0] for tokens in grouped)
+
+    def rule() -> tuple[int]:
+        fitting = [t for t in io.TILES if io.hopper_registers(t, call.dim) <= io.REGISTERS and serves((t,))]
+        return (max(fitting, default=min(io.TILES)),)
+
+    sizes = (call.capacity, call.dim)
+    return tuning.block("decode", call.keys.kind, sizes, rule, device="NVIDIA H200", serves=serves)[0]
 
 
 def _plan(

@@ -35,8 +35,14 @@ def backward(call: Call, *arrays):
 
 
 def blocks(call: Call) -> tuple[int, int]:
-    """Rows of queries and of keys of a block: the caller's, the table's, or 64 x 128."""
+    """Rows of queries and of keys of a block: the caller's, the table's, or what `io.choose_hopper` chooses."""
+    from jaxinfer.pallas_kernels.attention import io
+    from jaxinfer.pallas_kernels.attention.block_sparse.walk import ROWS
+
+    def serves(block: tuple[int, ...]) -> bool:
+        return len(block) == 2 and not any(size % ROWS for size in block)
+
     block_q, block_k = call.block or tuning.block(
-        "flash", call.dtype, call.sizes, lambda: (64, 128), device="NVIDIA H200"
+        "flash", call.dtype, call.sizes, lambda: io.choose_hopper(call), device="NVIDIA H200", serves=serves
     )
     return block_q, block_k
