@@ -128,7 +128,7 @@ def backward(
 
     last, states = lax.scan(states_of, state, jnp.arange(number))
 
-    def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[Any, Array | None]:
+    def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[Any, Any]:
         (d_state, after, *grads), (i, before) = carry, x
         qc, kc, vc, dc = cut(q, i), cut(k, i), cut(v, i), cut(d_out, i)
         gate = rule.gates(i)
