@@ -25,6 +25,7 @@ def script(name: str) -> ModuleType:
 
 sys.path.insert(0, str(SCRIPTS))  # as for a script that is run: the cases are found beside it
 bench, check_gpu = script("bench_kernels"), script("check_gpu")
+tuner = importlib.import_module("tune_kernels")
 gpu_attention = importlib.import_module("gpu_cases.attention")
 kernel_case = importlib.import_module("kernel_bench.case")
 
@@ -82,3 +83,23 @@ def test_rows_of_an_earlier_run_are_kept(tmp_path):
     path.write_text(json.dumps({"rows": old}))
     assert bench.kept(path, [old[1] | {"time": 2}]) == old[:1]
     assert bench.kept(tmp_path / "none.json", []) == []
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.8, True), (0.97, False)], ids=["a fifth faster", "within noise"])
+def test_a_tuned_block_is_kept_only_beyond_noise(seconds, kept, tmp_path, monkeypatch):
+    """By a fake timer: one block takes `seconds`, the rule 1; an earlier entry goes where the rule stands."""
+    task = tuner.Task(
+        "flash", "float32", (100, 100, 64), ((8, 8), (16, 8), (0, 0)), lambda block: lambda: 1 / sum(block or (1,))
+    )
+    monkeypatch.setattr(tuner, "TASKS", {"flash": lambda: iter([task])})
+    monkeypatch.setattr(tuner.tuning, "TABLES", tmp_path)
+    path = tuner.tuning.table_path(tuner.tuning.device_kind())
+    path.write_text(json.dumps({"flash": {"float32": {"128x128x64": [64, 64]}}}))
+
+    def timer(runs):
+        assert (0, 0) not in runs, "a block that fails is left out"
+        return {b: tuner.measure.Timing((seconds if b == (16, 8) else 1.0,) * 3, first=1.0, repeats=1) for b in runs}
+
+    tuner.main(["--ops", "flash"], timer)
+    assert path.exists() == kept
+    assert not kept or json.loads(path.read_text()) == {"flash": {"float32": {"128x128x64": [16, 8]}}}
