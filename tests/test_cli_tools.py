@@ -102,7 +102,7 @@ def test_doctor(capsys):
     forms = {f["op"]: f for f in report["forms"]}
     assert forms["flash attention"]["form"] == "blocked"
     assert "code for tpu" in forms["flash attention"]["others"]["tpu"]
-    assert forms["dense product"]["form"] == "split, else plain"
+    assert forms["dense product"]["form"] == "halves, else wide, else plain"
     assert {m["name"] for m in report["models"]} == {"tinycode", "tinycode-draft"}
     code, out, _ = run(capsys, "doctor")
     assert code == 0

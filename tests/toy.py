@@ -60,7 +60,9 @@ class Markov:
     vocab_size: int
     period: int = 7
 
-    def __call__(self, params, inputs, positions, cache=None, block=None, at=0, mask=None, *, taps=()):
+    def __call__(
+        self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
+    ):
         hidden = params["table"][jnp.maximum(positions, 0) % self.period, inputs]
         return Output(hidden), block
 
@@ -86,7 +88,9 @@ class Attentive:
     def attention(self):
         return AttentionSpec(2, 1, self.width // 2, 1.0, Rope(self.width // 2))
 
-    def __call__(self, params, inputs, positions, cache=None, block=None, at=0, mask=None, *, taps=()):
+    def __call__(
+        self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
+    ):
         batch, length = inputs.shape
         x = params["embedding"][inputs]
 

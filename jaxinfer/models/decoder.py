@@ -163,7 +163,9 @@ class Decoder(Layer):
     """The whole model up to the final norm; logits are `Step.head`."""
 
     @nn.compact
-    def __call__(self, inputs, positions, cache: Cache | None = None, block=None, at=0, mask=None, taps=()):
+    def __call__(
+        self, inputs, positions, cache: Cache | None = None, block=None, at: jax.Array | int = 0, mask=None, taps=()
+    ):
         c = self.config
         embedding = self.weight("embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if not c.tie_embeddings:

@@ -58,7 +58,16 @@ class Step:
         return self.config.eos
 
     def __call__(
-        self, params, inputs, positions, cache: kv.Cache | None = None, block=None, at=0, mask=None, *, taps=()
+        self,
+        params,
+        inputs,
+        positions,
+        cache: kv.Cache | None = None,
+        block=None,
+        at: jax.Array | int = 0,
+        mask=None,
+        *,
+        taps=(),
     ) -> tuple[Output, tuple[Any, ...] | None]:
         """Run the model over `inputs` (ids `i32[B, T]` or embeddings `[B, T, D]`) at `positions i32[B, T]`.
 
