@@ -1,7 +1,7 @@
 """Long convolution in XLA: `monarch` by FlashFFTConv's products with small matrices, `fast` by `jnp.fft`.
 
 Fu et al., 2023 (arXiv 2311.05908). Matrix units make up for the Monarch form's many more operations; a CPU does not:
-there `fast` is 1.4 to 4 times faster from 1K to 64K tokens, and is what the dispatch takes. A real row needs half of
+there `fast` is the faster one, and is what the dispatch takes. A real row needs half of
 its spectrum, as in `jnp.fft.rfft`: that of the first digits from 0 to N1 / 2.
 
 Stability: experimental.

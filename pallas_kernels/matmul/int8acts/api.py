@@ -38,7 +38,7 @@ def int8_matmul(
 ) -> jax.Array:
     """`x[M, K]` float, `weight` of K inputs and N outputs -> `[M, N]` in the dtype of x.
 
-    `impl`: "ref", "blocked", "tpu" or None for what fits the platform. Raises ArgumentError for arrays that do not fit
+    `impl`: "ref", "blocked" or None for what fits the platform. Raises ArgumentError for arrays that do not fit
     each other and for elements whose values are no small integers, UnsupportedError for an `impl` that cannot serve.
     """
     call = checked_call("int8_matmul", x, weight, block=block, interpret=interpret, per_group=per_group)
