@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxinfer.decode.drafter import DrafterBase, accept_counts
+from jaxinfer.decode.drafter import DrafterBase
 from jaxinfer.decode.types import Proposal, Sequence
 from jaxinfer.errors import ConfigError
 
@@ -52,11 +52,18 @@ class Aggressive(DrafterBase):
     suffix: int = 3
 
     def __post_init__(self):
-        accept_counts(self, "drafts", "suffix")
+        for name in ("drafts", "suffix"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 1 or more")
 
     @property
     def width(self) -> int:
         """N."""
+        return self.drafts
+
+    @property
+    def depth(self) -> int:
+        """D."""
         return self.drafts
 
     def init(self, params, target_params, seq: Sequence, cache) -> Following:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 
 from jaxinfer.decode import ngrams
-from jaxinfer.decode.drafter import DrafterBase, accept_counts
+from jaxinfer.decode.drafter import DrafterBase
 from jaxinfer.decode.types import Proposal
+from jaxinfer.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,18 @@ class CopySpec(DrafterBase):
     copies: int = 10
 
     def __post_init__(self):
-        accept_counts(self, "gamma", "copies")
+        for name in ("gamma", "copies"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 1 or more")
 
     @property
     def width(self) -> int:
         """N."""
+        return self.copies
+
+    @property
+    def depth(self) -> int:
+        """D."""
         return self.copies
 
     def propose(self, params, state, seq, cache, key, *, target_params, warp):

@@ -11,29 +11,11 @@ import jax
 
 from jaxinfer.cache import Cache
 from jaxinfer.decode.types import Proposal, Pytree, Sequence, Verifier, WarpLike
-from jaxinfer.errors import ConfigError
-
-
-def accept_counts(spec: Any, *names: str) -> None:
-    """Raise ConfigError where one of these settings of `spec` is below 1."""
-    for name in names:
-        if getattr(spec, name) < 1:
-            raise ConfigError(f"{name}: got {getattr(spec, name)}, accepts 1 or more")
 
 
 class DrafterBase:
-    """The `Drafter` protocol with its defaults: no taps, an empty state, any verifier. A subclass is a frozen dataclass
-    with `width`, `propose` and, for trees, `depth`; one whose method is its verifier names it in `verifier`."""
-
-    @property
-    def width(self) -> int:
-        """N."""
-        raise NotImplementedError(type(self).__name__)
-
-    @property
-    def depth(self) -> int:
-        """D: a chain's is its width."""
-        return self.width
+    """The `Drafter` protocol with its defaults: no taps and an empty state, and any verifier. A subclass is a frozen
+    dataclass that has `width`, `depth` and `propose`; one whose method is its verifier names it in `verifier`."""
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxinfer.decode import ngrams
-from jaxinfer.decode.drafter import DrafterBase, accept_counts
+from jaxinfer.decode.drafter import DrafterBase
 from jaxinfer.decode.types import Proposal
+from jaxinfer.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,18 @@ class PromptLookup(DrafterBase):
     drafts: int = 10
 
     def __post_init__(self):
-        accept_counts(self, "ngram", "drafts")
+        for name in ("ngram", "drafts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 1 or more")
 
     @property
     def width(self) -> int:
         """N."""
+        return self.drafts
+
+    @property
+    def depth(self) -> int:
+        """D."""
         return self.drafts
 
     def propose(self, params, state, seq, cache, key, *, target_params, warp):
