@@ -3,6 +3,11 @@
     python scripts/train_tiny.py --model target --out runs/target
     python scripts/train_tiny.py --model draft --out runs/draft
 
+A finished model goes on with `--init`, here with windows in which a stretch of code stands twice, so that it learns to
+repeat code that it was given (drafters that copy need a target that does):
+
+    python scripts/train_tiny.py --model target --out runs/copies --init runs/target/export --copies 0.3 --steps 400
+
 Cost and result: scripts/results/train_tiny-*.json and the model cards in jaxinfer/assets hold what was measured. An
 update sees 4,096 tokens and takes one core of 2024 about 4 seconds for the target and 0.8 for the draft; to train both
 at once, give each `--threads 1`. Expect 1.42 bits per byte of held-out text or less for the target, 1.52 for the draft.
@@ -23,6 +28,7 @@ from typing import Any
 
 TOKENS = 4096  # a batch
 SHARES = ((256, 0.5, 0.7), (512, 0.35, 0.9), (1024, 0.1, 1.0), (2048, 0.05, 1.0))  # length, share, modules' weight
+SHARES_COPIES = ((512, 0.6, 0.9), (1024, 0.3, 0.9), (2048, 0.1, 0.9))  # of a run with `--init`
 MAX_LENGTH = 2048
 PROMPTS = ('def read_json(path):\n    """', "class Stack:\n    def __init__(self):\n")
 
@@ -70,21 +76,26 @@ def make_step(model: str):
     return Step(config)
 
 
-def make_recipe(model: str, *, steps: int, decay: float, seed: int, corpus, tokenizer):
+def make_recipe(
+    model: str, *, steps: int, decay: float, rate: float, seed: int, copies: float, init: str | None, corpus, tokenizer
+):
     """The recipe of one model: packed windows that grow with the run, Muon, and a glance at held-out text."""
     from jaxinfer.train import data, lm, loop
 
     step = make_step(model)
     modules, tests = (data.concatenate(data.encode(tokenizer, part)) for part in (corpus.modules, corpus.tests))
-    stream = data.Stream(modules, tests, lm.stages(SHARES, steps=steps, tokens=TOKENS), seed)
+    stages = lm.stages(SHARES_COPIES if init else SHARES, steps=steps, tokens=TOKENS)
+    stream = data.Stream(modules, tests, stages, seed, copies=copies)
     glance = corpus.held_out[::6]
     glance_tokens, glance_bytes = data.encode(tokenizer, glance), sum(document.num_bytes for document in glance)
 
     def evaluate(params):
         options = {"num_bytes": glance_bytes, "window": 512, "stride": 512}
-        return {"bits_per_byte": lm.bits_per_byte(step, params, glance_tokens, **options)}
+        first, again = lm.losses_of_copies(step, params, glance_tokens)
+        bits = lm.bits_per_byte(step, params, glance_tokens, **options)
+        return {"bits_per_byte": bits, "loss_first": first, "loss_again": again}
 
-    schedule = lm.warmup_stable_decay(MODELS[model].rate, steps=steps, decay=decay)
+    schedule = lm.warmup_stable_decay(rate, steps=steps, decay=decay)
     return loop.Recipe(
         objective=lm.NextToken(step),
         data=lambda i: lm.split_batch(stream(i), 2),  # smaller activations, which stay nearer to the core
@@ -93,7 +104,14 @@ def make_recipe(model: str, *, steps: int, decay: float, seed: int, corpus, toke
         evaluate=evaluate,
         tokens=lambda batch: batch["ids"].size,
         accumulate=2,
-        identity={"model": model, "seed": seed, "corpus": corpus.digest(), "tokens": TOKENS},
+        identity={
+            "model": model,
+            "seed": seed,
+            "corpus": corpus.digest(),
+            "tokens": TOKENS,
+            "copies": copies,
+            "init": init,
+        },
     )
 
 
@@ -180,6 +198,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="folder of the finished model (default: OUT/export)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--steps", type=int, help="updates in all (default: the shipped model's)")
+    parser.add_argument(
+        "--init", help="go on from this model's weights (a folder, or a packaged name), not from random ones"
+    )
+    parser.add_argument("--copies", type=float, default=0.0, help="share of windows in which a stretch stands twice")
+    parser.add_argument("--rate", type=float, help="peak learning rate (default: the shipped model's)")
     parser.add_argument("--decay", type=float, help="share of the updates over which the learning rate falls to zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: one a core)")
@@ -191,14 +214,21 @@ def main(argv: list[str] | None = None) -> None:
 
     import jax
 
+    import jaxinfer
     from jaxinfer.train import data, lm, loop, metrics
 
     shape = MODELS[args.model]
     steps, decay = args.steps or shape.steps, shape.decay if args.decay is None else args.decay
     corpus = data.standard_library()
     tokenizer = data.train_tokenizer([document.text for document in corpus.modules])
-    recipe = make_recipe(args.model, steps=steps, decay=decay, seed=args.seed, corpus=corpus, tokenizer=tokenizer)
-    params = lm.init_params(make_step(args.model), jax.random.key(args.seed))
+    recipe = make_recipe(
+        args.model, steps=steps, decay=decay, rate=args.rate or shape.rate, seed=args.seed, copies=args.copies,
+        init=args.init, corpus=corpus, tokenizer=tokenizer,
+    )  # fmt: skip
+    if args.init:
+        params = jaxinfer.load(args.init, dtype="float32").params
+    else:
+        params = lm.init_params(make_step(args.model), jax.random.key(args.seed))
     state = loop.init_state(params, recipe, jax.random.key(args.seed + 1))
     if args.export_only:
         state = loop.Checkpoints(args.out / "checkpoints", identity=recipe.identity).restore(state)
@@ -211,7 +241,9 @@ def main(argv: list[str] | None = None) -> None:
             print(stopped, file=sys.stderr)
             sys.exit(loop.EXIT_PREEMPTED)
     options = f"--steps {int(state.step)} --decay {decay}"
-    command = f"python scripts/train_tiny.py --model {args.model} --out runs/{args.model} {options}"
+    if args.init:
+        options += f" --init {args.init} --copies {args.copies} --rate {args.rate or shape.rate}"
+    command = f"python scripts/train_tiny.py --model {args.model} --out runs/{args.out.name} {options}"
     export(
         args.model,
         state.params,

@@ -193,3 +193,43 @@ def test_a_batch_splits_into_microbatches():
     batch = {"ids": np.arange(24).reshape(4, 6)}
     assert lm.split_batch(batch, 1) is batch
     assert lm.split_batch(batch, 2)["ids"][1, 0].tolist() == list(range(12, 18))
+
+
+def test_a_share_of_the_windows_repeats_a_stretch():
+    rng = np.random.default_rng(0)
+    modules = np.concatenate([[0], 1 + rng.permutation(9000), [0]]).astype(np.uint16)
+    stages = (data.Stage(0, 8, 128),)
+    plain, copied = (data.Stream(modules, modules, stages, 3, copies=share) for share in (0.0, 0.5))
+    changed = []
+    for step in range(8):
+        before, after = plain(step)["ids"], copied(step)["ids"]
+        changed += [row for row in range(8) if (before[row] != after[row]).any()]
+        for a, b in zip(before, after, strict=True):
+            places = np.flatnonzero(a != b)
+            if places.size:  # what is new stood earlier in the window, token by token
+                first = {token: i for i, token in reversed(list(enumerate(b)))}
+                starts = {place - first[b[place]] for place in places}
+                assert len(starts) == 1 and starts.pop() >= 128 // 8
+    assert 20 < len(changed) < 44
+    np.testing.assert_array_equal(copied(5)["ids"], copied(5)["ids"])
+
+
+def test_no_stretch_is_copied_over_the_end_of_a_document():
+    window = np.arange(1, 130)
+    window[64] = 0
+    made = [data.repeat_stretch(window, np.random.default_rng(i)) for i in range(50)]
+    assert any((w != window).any() for w in made)
+    for w in made:
+        places = np.flatnonzero(w != window)
+        assert places.size == 0 or (places < 64).all() or (places > 64).all()
+        assert places.size == 0 or (w[places] < 64).all() == (places < 64).all()
+
+
+def test_the_second_appearance_of_a_stretch_is_scored_apart(params):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 64, 60) for _ in range(3)] + [rng.integers(1, 64, 10)]
+    first, again = lm.losses_of_copies(STEP, params, documents, length=16, batch=2)
+    stretches = np.stack([d[20:36] for d in documents[:3]])
+    rows = np.concatenate([np.zeros((3, 1)), stretches, stretches], 1).astype(np.int64)
+    losses = np.asarray(lm.token_losses(STEP, params, data.pack(rows)))
+    np.testing.assert_allclose((first, again), (losses[:, :16].mean(), losses[:, 16:].mean()), rtol=1e-5)

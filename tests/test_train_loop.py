@@ -159,6 +159,27 @@ def test_accumulated_gradients_equal_the_whole_batch_also_with_uneven_weights():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.params, two.params)
 
 
+def test_what_is_frozen_is_read_and_left_alone(tmp_path):
+    def apart(params, batch, key, frozen):
+        return objective({**params, **frozen}, batch, key)
+
+    state = fresh(recipe())
+    frozen = {"v": state.params["v"]}
+    trained = {k: v for k, v in state.params.items() if k != "v"}
+    which = recipe(objective=apart, frozen=frozen, accumulate=1)
+    begun = loop.init_state(trained, which, jax.random.key(1))
+    ended = loop.train(which, begun, loop.LoopConfig(steps=3, curve=False), tmp_path)
+    masked = recipe(optimizer=optax.masked(optax.set_to_zero(), {"w": False, "v": True, "adapter": False}))
+    masked = recipe(optimizer=optax.chain(recipe().optimizer, masked.optimizer))
+    same = fresh(masked)
+    for i in range(3):
+        same, _ = jax.jit(loop.make_train_step(masked))(same, data(i))
+    assert set(ended.params) == {"w", "adapter"}
+    for name in ended.params:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended.params[name], same.params[name])
+    np.testing.assert_array_equal(frozen["v"], state.params["v"])
+
+
 def test_the_ema_is_the_running_mean_of_the_params():
     which = recipe()
     state, step = fresh(which), jax.jit(loop.make_train_step(which))

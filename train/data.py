@@ -154,6 +154,9 @@ class Stream:
 
     Within a stage the windows of each stream are visited in a shuffled order that is new in each pass, and each pass
     cuts the stream at another offset. A window that starts inside a document is a segment of its own.
+
+    In a share `copies` of the windows a stretch stands a second time, later in the window: a short training on little
+    text does not otherwise teach a model to go on as before (induction: Olsson et al. 2022, arXiv:2209.11895).
     """
 
     modules: np.ndarray
@@ -161,6 +164,7 @@ class Stream:
     stages: tuple[Stage, ...]
     seed: int
     end: int = 0
+    copies: float = 0.0
 
     def stage(self, step: int) -> tuple[int, Stage]:
         """The number and the description of the stage that `step` (from 0) is in."""
@@ -187,7 +191,23 @@ class Stream:
         rng = np.random.default_rng((self.seed, number, int(from_modules), epoch))
         offset = int(rng.integers(stage.length))
         start = offset + int(rng.permutation(windows)[place]) * stage.length
-        return source[start : start + stage.length + 1]
+        window = source[start : start + stage.length + 1]
+        rng = np.random.default_rng((self.seed, number, int(from_modules), row, 1))
+        return repeat_stretch(window, rng, end=self.end) if rng.random() < self.copies else window
+
+
+def repeat_stretch(window: np.ndarray, rng: np.random.Generator, *, end: int = 0) -> np.ndarray:
+    """The window with a stretch of an eighth to a half of it copied over as many of its later tokens; the window itself
+    where a document ends in between."""
+    total = len(window)
+    length = int(rng.integers(total // 8, total // 2 + 1))
+    source = int(rng.integers(0, total - 2 * length + 1))
+    target = int(rng.integers(source + length, total - length + 1))
+    if (window[source : target + length] == end).any():
+        return window
+    copied = window.copy()
+    copied[target : target + length] = window[source : source + length]
+    return copied
 
 
 def pack(windows: np.ndarray, *, end: int = 0) -> dict[str, np.ndarray]:

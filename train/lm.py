@@ -22,7 +22,7 @@ from optax import contrib
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.ops.attention import Segments
-from jaxinfer.train.data import Stage
+from jaxinfer.train.data import Stage, pack
 
 EMBEDDINGS = frozenset({"embedding", "head", "position_embedding", "position_table"})
 OUTPUTS = frozenset({"o", "down"})
@@ -169,6 +169,26 @@ def bits_per_byte(
         part = {"ids": ids, "targets": targets, "positions": positions, "segments": np.zeros_like(ids)}
         total += float(_scored_loss(step, params, part, scored))
     return total / math.log(2) / num_bytes
+
+
+def losses_of_copies(
+    step, params, documents: Sequence[np.ndarray], *, length: int = 192, count: int = 32, batch: int = 8, end: int = 0
+) -> tuple[float, float]:
+    """Nats a token of stretches of `length` tokens at their first and at their second appearance in one window.
+
+    The stretches begin a third into each of the `count` first documents that are long enough; the two are far apart for
+    a model that repeats what it was given.
+    """
+    found = [d[len(d) // 3 :][:length] for d in documents if len(d) >= 3 * length][:count]
+    found = [stretch for stretch in found if not (stretch == end).any()]
+    totals = np.zeros(2)
+    for i in range(0, len(found), batch):
+        twice = np.tile(np.stack(found[i : i + batch]).astype(np.int32), (1, 2))
+        part = pack(np.concatenate([np.full_like(twice[:, :1], end), twice], 1), end=end)
+        for half in range(2):
+            scored = (np.arange(2 * length) // length == half) * np.ones_like(twice)
+            totals[half] += float(_scored_loss(step, params, part, scored))
+    return tuple(totals / (len(found) * length))
 
 
 @functools.partial(jax.jit, static_argnames="step")

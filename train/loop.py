@@ -1,8 +1,9 @@
 """The one training loop: a pure `train_step(state, batch)`, and around it checkpoints, evaluation and metrics.
 
 A recipe is an objective `(params, batch, key) -> (loss, metrics)`, data as a pure function of the step, and an Optax
-transformation. A run that is killed at any moment and started again ends in the same bits as an undisturbed run on the
-same machine, because everything that a step reads is in the checkpoint or a function of the step.
+transformation; what is read but not trained (the target of a draft head, the base of an adapter) is its `frozen`. A run
+that is killed at any moment and started again ends in the same bits as an undisturbed run on the same machine, because
+everything that a step reads is in the checkpoint, in `frozen` or a function of the step.
 
 Stability: experimental.
 """
@@ -25,7 +26,7 @@ from flax import struct
 from jaxinfer.errors import CheckpointError, ConfigError, JobError
 from jaxinfer.train import metrics as record
 
-Objective = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the scheduler may start the same command again
 
 
@@ -48,8 +49,11 @@ class TrainState:
 class Recipe:
     """What is trained. Only `identity` is compared when a run resumes, so keep the lengths of a run out of it.
 
-    objective: `(params, batch, key) -> (loss, metrics)`; `metrics["weight"]`, when given, is the number of targets that
-      the mean `loss` is over: accumulation weighs microbatches by it.
+    objective: `(params, batch, key) -> (loss, metrics)`, with `frozen` as a fourth argument where there is one;
+      `metrics["weight"]`, when given, is the number of targets that the mean `loss` is over: accumulation weighs
+      microbatches by it.
+    frozen: arrays that the objective reads and no update changes; neither differentiated nor saved, so that whoever
+      resumes a run hands over the same ones (say so in `identity`).
     data: completed steps -> batch, a pytree of host arrays; shapes may change from step to step (each compiles once).
     evaluate: params -> {name: value}, on text that is held out.
     tokens: batch -> how many tokens the metrics should count.
@@ -63,6 +67,7 @@ class Recipe:
     tokens: Callable[[Any], int] = lambda batch: 0
     accumulate: int = 1
     ema_decay: float | None = None
+    frozen: Any = None
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -85,15 +90,19 @@ def init_state(params: Any, recipe: Recipe, key: jax.Array) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), ema, key)
 
 
-def make_train_step(recipe: Recipe) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure `train_step(state, batch) -> (state, metrics)` of a recipe, to be run under `jax.jit`.
+def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure `train_step(state, batch, frozen=None) -> (state, metrics)` of a recipe, to be run under `jax.jit`.
 
     With `accumulate` A > 1 each leaf of the batch leads with A, and gradients are summed over that axis in one scan.
+    `frozen` is an argument, not read from the recipe: under jit the recipe's arrays would become constants of the
+    program.
     """
-    value_and_grad = jax.value_and_grad(recipe.objective, has_aux=True)
+    differentiate = jax.value_and_grad(recipe.objective, has_aux=True)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
+        more = () if frozen is None else (frozen,)
+        value_and_grad = lambda *arguments: differentiate(*arguments, *more)  # noqa: E731
         if recipe.accumulate == 1:
             (loss, metrics), grads = value_and_grad(state.params, batch, key)
         else:
@@ -230,7 +239,7 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
             fetch = time.perf_counter()
             batch = recipe.data(step)
             waited, tokens = waited + time.perf_counter() - fetch, tokens + recipe.tokens(batch)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, recipe.frozen)
             step += 1
             if step % config.log_every == 0 or step == config.steps:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the device
