@@ -197,16 +197,18 @@ class Stream:
 
 
 def repeat_stretch(window: np.ndarray, rng: np.random.Generator, *, end: int = 0) -> np.ndarray:
-    """The window with a stretch of an eighth to a half of it copied over as many of its later tokens; the window itself
-    where a document ends in between."""
+    """The window with a stretch of a sixteenth to a half of it written again and again over its later tokens, at once or
+    after a gap; the window itself where a document ends in between."""
     total = len(window)
-    length = int(rng.integers(total // 8, total // 2 + 1))
+    length = int(rng.integers(total // 16, total // 2 + 1))
     source = int(rng.integers(0, total - 2 * length + 1))
-    target = int(rng.integers(source + length, total - length + 1))
-    if (window[source : target + length] == end).any():
+    target = source + length
+    if rng.random() < 0.5:
+        target = int(rng.integers(target, total - length + 1))
+    if (window[source:] == end).any():
         return window
     copied = window.copy()
-    copied[target : target + length] = window[source : source + length]
+    copied[target:] = np.resize(window[source : source + length], total - target)
     return copied
 
 
