@@ -197,8 +197,8 @@ class Stream:
 
 
 def repeat_stretch(window: np.ndarray, rng: np.random.Generator, *, end: int = 0) -> np.ndarray:
-    """The window with a stretch of a sixteenth to a half of it written again and again over its later tokens, at once or
-    after a gap; the window itself where a document ends in between."""
+    """The window with a stretch of a sixteenth to a half of it written again and again over its later tokens, at once
+    or after a gap; the window itself where a document ends in between."""
     total = len(window)
     length = int(rng.integers(total // 16, total // 2 + 1))
     source = int(rng.integers(0, total - 2 * length + 1))

@@ -1,0 +1,17 @@
+"""Rows of the catalogue: how models are trained, adapted and made small by training.
+
+Stability: internal.
+"""
+
+from jaxinfer.catalogue.entry import Method, Paper
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        name="trilm",
+        family="training",
+        title="training with three values a matrix, straight-through gradients, packed 2-bit export",
+        guarantee="a different model",
+        entry="jaxinfer.train.trilm:TernaryNextToken",
+        paper=Paper("Kaushal et al.", 2024, "2407.12327"),
+    ),
+)
