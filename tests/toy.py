@@ -55,7 +55,8 @@ class CountSpec(SpecBase):
 
 @dataclasses.dataclass(frozen=True)
 class Markov:
-    """params `{"table": f32[P, V, V]}`: logits after token a at position t are `table[t % P, a]`."""
+    """params `{"table": f32[P, V, V]}`: logits after token a at position t are `table[t % P, a]`, after an embedding
+    (one-hot for a token) their mixture."""
 
     vocab_size: int
     period: int = 7
@@ -63,8 +64,13 @@ class Markov:
     def __call__(
         self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
     ):
-        hidden = params["table"][jnp.maximum(positions, 0) % self.period, inputs]
-        return Output(hidden), block
+        level = jnp.maximum(positions, 0) % self.period
+        if inputs.ndim == 2:
+            return Output(params["table"][level, inputs]), block
+        return Output(jnp.einsum("bta,btav->btv", inputs, params["table"][level])), block
+
+    def embed(self, params, ids):
+        return jax.nn.one_hot(ids, self.vocab_size)
 
     def head(self, params, hidden):
         return hidden
@@ -91,8 +97,8 @@ class Attentive:
     def __call__(
         self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
     ):
-        batch, length = inputs.shape
-        x = params["embedding"][inputs]
+        batch, length = inputs.shape[:2]
+        x = self.embed(params, inputs) if inputs.ndim == 2 else inputs
 
         def heads(name, n):
             y = x @ params[name]
@@ -104,6 +110,9 @@ class Attentive:
         part, _ = cache.specs[0].attend(cache.states[0], own, heads("q", 2), positions, mask)
         out = jnp.swapaxes(part.out, 1, 2).reshape(batch, length, self.width)
         return Output(jnp.tanh(x + out)), (own,)
+
+    def embed(self, params, ids):
+        return params["embedding"][ids]
 
     def head(self, params, hidden):
         return hidden @ params["head"]

@@ -223,7 +223,8 @@ def score(
     if mask is not None and mask.shape[2] < room:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, room - mask.shape[2])))
     blocks = kv.new_blocks(state.cache, room)
-    output, blocks = step(params, tokens, positions, state.cache, blocks, 0, mask, taps=config.drafter.taps)
+    inputs = _inputs(step, params, tokens, proposal)
+    output, blocks = step(params, inputs, positions, state.cache, blocks, 0, mask, taps=config.drafter.taps)
     return Scored(tokens, step.head(params, output.hidden), output), blocks
 
 
@@ -356,6 +357,17 @@ def _judge(step, params, state: State, proposal: Proposal, config: Config) -> tu
     used = jnp.where(proposal.valid, jnp.arange(1, whole + 1), 0).max()
     which = (used > jnp.asarray(widths[:-1])).sum()
     return jax.lax.switch(which, [functools.partial(at, width) for width in widths])
+
+
+def _inputs(step, params, tokens: jax.Array, proposal: Proposal) -> jax.Array:
+    """What the model is fed: `tokens i32[B, R]`, or embeddings [B, R, D] where probes have their own."""
+    if proposal.embeddings is None or proposal.probe is None:
+        return tokens
+    if not hasattr(step, "embed"):
+        raise ConfigError(f"{type(step).__name__} has no `embed`, which a drafter whose probes are embeddings needs")
+    known = step.embed(params, tokens)
+    own = jnp.where(proposal.probe[..., None], proposal.embeddings.astype(known.dtype), known[:, 1:])
+    return jnp.concatenate([known[:, :1], own], 1)
 
 
 def _lengthened(x: jax.Array, size: int, fill: int = 0) -> jax.Array:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +31,12 @@ from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.config import end_tokens
 from jaxinfer.decode.loop import check_prompts
 from jaxinfer.decode.prefill import notes_of, prefill
-from jaxinfer.decode.types import Sequence, Step
+from jaxinfer.decode.types import EmbeddingStep, Sequence
 from jaxinfer.errors import ConfigError
 
 WEIGHTS = (0.01, 0.04, 0.15, 0.18, 0.12)  # of contexts of 1 to 5 tokens
 ORDER = len(WEIGHTS)
 UNSUPPORTED = -200.0  # added for a token that no n-gram supports
-
-
-class EmbeddingStep(Step, Protocol):
-    """A Step that also embeds ids and accepts embeddings in their place, as `jaxinfer.models.Step` does."""
-
-    def embed(self, params, ids: jax.Array) -> jax.Array: ...
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ from jaxinfer.decode.types import Proposal, Slots
 def slots_of(proposal: Proposal) -> Slots:
     """Depth of every slot and the drafts on its path, its own included; slot 0 is the root.
 
-    A chain's are constants of shape `[1, ...]`; a tree's follow `parent`, at most `proposal.depth` steps up.
+    A chain's are constants of shape `[1, ...]`; a tree's follow `parent`, at most `depth + beyond` steps up.
     """
     n = proposal.tokens.shape[1]
     if proposal.chain:
@@ -25,7 +25,7 @@ def slots_of(proposal: Proposal) -> Slots:
     at = jnp.broadcast_to(slot, parent.shape)
     depth = jnp.zeros_like(parent)
     ancestors = jnp.zeros((*parent.shape, n + 1), bool)
-    for _ in range(proposal.depth):
+    for _ in range(proposal.depth + proposal.beyond):
         ancestors |= at[..., None] == slot[:, None]
         depth += at > 0
         at = jnp.take_along_axis(parent, at, 1)

@@ -73,9 +73,12 @@ class Proposal:
     `valid bool[B, N]`, `q_logp f32[B, N, V]` (the law that each draft was sampled from; None: drafts are certain,
     that is one-hot), `probe bool[B, N]` (scored but never accepted) or None. `ahead i32[B]` (-1: none), of law
     `ahead_logp f32[B, V]` (None: certain): a guess at the token after a whole chain, which the target need not read as
-    it stands in the place of the bonus: what a drafter guesses while the target is still at work.
+    it stands in the place of the bonus: what a drafter guesses while the target is still at work. `embeddings
+    f[B, N, D]`: what the target is fed for a probe in place of its token (None: the token; what a draft's row holds is
+    not read); it needs an `EmbeddingStep`.
 
-    Static: `depth`, the longest path; `chain`: slot j's parent is slot j - 1 and `valid` is a prefix.
+    Static: `depth`, the longest path that may be accepted; `beyond`, how many levels of probes stand below it;
+    `chain`: slot j's parent is slot j - 1 and `valid` is a prefix.
     """
 
     tokens: jax.Array
@@ -85,7 +88,9 @@ class Proposal:
     probe: jax.Array | None = None
     ahead: jax.Array | None = None
     ahead_logp: jax.Array | None = None
+    embeddings: jax.Array | None = None
     depth: int = struct.field(pytree_node=False, default=0)
+    beyond: int = struct.field(pytree_node=False, default=0)
     chain: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -104,20 +109,29 @@ class Proposal:
 
         return dataclasses.replace(
             self, tokens=self.tokens[:, :n], parent=self.parent[:, :n], valid=self.valid[:, :n],
-            q_logp=cut(self.q_logp), probe=cut(self.probe), depth=min(self.depth, n), chain=self.chain or n == 0,
+            q_logp=cut(self.q_logp), probe=cut(self.probe), embeddings=cut(self.embeddings),
+            depth=min(self.depth, n), chain=self.chain or n == 0,
         )  # fmt: skip
 
     @classmethod
     def of_tree(
-        cls, tokens: jax.Array, parent: jax.Array, valid: jax.Array, *, depth: int, probe: jax.Array | None = None
+        cls,
+        tokens: jax.Array,
+        parent: jax.Array,
+        valid: jax.Array,
+        *,
+        depth: int,
+        probe: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+        beyond: int = 0,
     ) -> Proposal:
         """A tree of `tokens i32[B, N]` under `parent i32[B or 1, N]`. A draft under an invalid one is made invalid."""
         parent = jnp.broadcast_to(parent.astype(jnp.int32), tokens.shape)
         whole = valid
-        for _ in range(depth - 1):
+        for _ in range(depth + beyond - 1):
             above = jnp.concatenate([jnp.ones_like(whole[:, :1]), whole], 1)
             whole = valid & jnp.take_along_axis(above, parent, 1)
-        return cls(tokens, parent, whole, probe=probe, depth=depth)
+        return cls(tokens, parent, whole, probe=probe, embeddings=embeddings, depth=depth, beyond=beyond)
 
 
 @struct.dataclass
@@ -214,6 +228,12 @@ class Step(Protocol):
         ...
 
     def new_cache(self, batch: int, capacity: int) -> Cache: ...
+
+
+class EmbeddingStep(Step, Protocol):
+    """A Step that also embeds ids and accepts embeddings in their place, as `jaxinfer.models.Step` does."""
+
+    def embed(self, params, ids: jax.Array) -> jax.Array: ...
 
 
 class WarpLike(Protocol):
