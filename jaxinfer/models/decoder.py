@@ -57,12 +57,12 @@ class Layer(nn.Module):
         return found
 
     def norm(self, name: str, x: jax.Array, size: int) -> jax.Array:
-        """Root-mean-square norm over the last axis, in float32."""
+        """Root-mean-square norm over the last axis, in float32 or wider."""
         offset = self.config.norm_offset
         init = nn.initializers.zeros if offset else nn.initializers.ones
         axis = "embed" if size == self.config.hidden_size else None
-        weight = ops.materialize(self.weight(name, (size,), (axis,), init)).astype(jnp.float32)
-        y = x.astype(jnp.float32)
+        weight = ops.widen(ops.materialize(self.weight(name, (size,), (axis,), init)))
+        y = ops.widen(x)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
         return (y * (weight + offset)).astype(x.dtype)
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxinfer.ops.precision import widen
+
 
 @struct.dataclass
 class Routing:
@@ -36,7 +38,7 @@ def route(logits: jax.Array, k: int, *, normalize: bool) -> Routing:
     `logits[tokens, E]`. Ties go to the lower expert.
     """
     tokens, experts = logits.shape
-    probability = jax.nn.softmax(logits.astype(jnp.float32), -1)
+    probability = jax.nn.softmax(widen(logits), -1)
     weight, expert = jax.lax.top_k(probability, k)
     if normalize:
         weight = weight / weight.sum(-1, keepdims=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxinfer import cache as kv
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder, Output
-from jaxinfer.ops import weights
+from jaxinfer.ops import weights, widen
 from jaxinfer.ops.attention import AttentionSpec
 
 
@@ -86,12 +86,12 @@ class Step:
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def head(self, params, hidden: jax.Array) -> jax.Array:
-        """Logits f32[..., V] of `hidden[..., D]`."""
+        """Logits f32[..., V] (f64 of such params) of `hidden[..., D]`."""
         if self.config.tie_embeddings:
             logits = weights.dot_transposed(hidden, params["embedding"])
         else:
             logits = weights.dot(hidden, params["head"])
-        logits = logits.astype(jnp.float32)
+        logits = widen(logits)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

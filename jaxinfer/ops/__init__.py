@@ -15,6 +15,7 @@ from jaxinfer.ops.attention import (
     combine,
 )
 from jaxinfer.ops.position import Alibi, Rope, T5Bias, sinusoid
+from jaxinfer.ops.precision import sum_dtype, widen
 from jaxinfer.ops.weights import (
     Rules,
     dot,
@@ -49,5 +50,7 @@ __all__ = [
     "ragged_dot",
     "register",
     "sinusoid",
+    "sum_dtype",
     "take",
+    "widen",
 ]

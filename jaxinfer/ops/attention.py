@@ -20,6 +20,7 @@ from flax import struct
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops.position import Alibi, Rope, T5Bias
+from jaxinfer.ops.precision import sum_dtype, widen
 from jaxinfer.pallas_kernels.attention.decode import Codes, decode
 
 NEGATIVE = -1e30  # finite stand-in for -inf inside a softmax: an empty row stays free of NaN, forward and backward
@@ -123,7 +124,7 @@ def block_visibility(spec: AttentionSpec, q_positions: jax.Array, k_positions: j
 
 
 def attend(spec: AttentionSpec, q: jax.Array, segments: Sequence[Segment]) -> Part:
-    """Softmax attention of `q[B, H, T, d]` over the union of the segments, in float32 accumulation."""
+    """Softmax attention of `q[B, H, T, d]` over the union of the segments, summed in float32 or wider."""
     scores = [_scores(spec, segment.q if segment.q is not None else q, segment) for segment in segments]
     # The peak cancels from output and lse. Its own gradient, which compares scores with it, is not only needless: where
     # the compiler computes the two differently, no score equals the peak and the gradient is 0 / 0.
@@ -134,7 +135,10 @@ def attend(spec: AttentionSpec, q: jax.Array, segments: Sequence[Segment]) -> Pa
         weight = jnp.where(score > NEGATIVE / 2, weight, 0.0)
         total += weight.sum(-1)
         out += jnp.einsum(
-            "bgntc,bgcd->bgntd", weight.astype(segment.v.dtype), segment.v, preferred_element_type=jnp.float32
+            "bgntc,bgcd->bgntd",
+            weight.astype(segment.v.dtype),
+            segment.v,
+            preferred_element_type=sum_dtype(segment.v.dtype),
         )
     batch, heads, length, _ = q.shape
     live = total > 0
@@ -183,7 +187,7 @@ def _scores(spec: AttentionSpec, q: jax.Array, segment: Segment) -> jax.Array:
     groups = spec.num_kv_heads
     grouped = q.reshape(batch, groups, heads // groups, length, dim)
     product = "bgntd,bgdc->bgntc" if segment.transposed else "bgntd,bgcd->bgntc"
-    score = jnp.einsum(product, grouped, segment.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    score = jnp.einsum(product, grouped, segment.k.astype(q.dtype), preferred_element_type=sum_dtype(q.dtype))
     score = score * spec.scale
     if spec.softcap is not None:
         score = spec.softcap * jnp.tanh(score / spec.softcap)
@@ -201,7 +205,7 @@ def combine(parts: Sequence[Part]) -> Part:
     total = weight.sum(0)
     live = total > 0
     divisor = jnp.where(live, total, 1.0)
-    out = sum(w[..., None] * part.out.astype(jnp.float32) for w, part in zip(weight, parts, strict=True))
+    out = sum(w[..., None] * widen(part.out) for w, part in zip(weight, parts, strict=True))
     out = (out / divisor[..., None]).astype(parts[0].out.dtype)
     return Part(out, jnp.where(live, peak + jnp.log(divisor), -jnp.inf))
 
@@ -212,10 +216,10 @@ def attend_naive(spec: AttentionSpec, q, k, v, distance, visible, table=None) ->
     Rotates every query once per key by their distance, so it shares no positional code path with `attend`.
     """
     repeat = spec.num_heads // spec.num_kv_heads
-    k, v = (jnp.repeat(x.astype(jnp.float32), repeat, 1) for x in (k, v))
+    k, v = (jnp.repeat(widen(x), repeat, 1) for x in (k, v))
     spread = [jnp.repeat(x, repeat, 1) if x.shape[1] > 1 else x for x in (distance, visible)]
     distance, visible = spread
-    q = q.astype(jnp.float32)[..., None, :]
+    q = widen(q)[..., None, :]
     if isinstance(spec.position, Rope):
         q = spec.position.rotate_pairwise(q, distance)
     score = jnp.einsum("bhtcd,bhcd->bhtc", jnp.broadcast_to(q, (*q.shape[:3], k.shape[2], q.shape[-1])), k) * spec.scale

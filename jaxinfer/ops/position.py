@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.ops.precision import widen
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -83,7 +84,7 @@ class Rope:
         return cos, sin
 
     def _turn(self, x, cos, sin):
-        turned, rest = x[..., : self.rotary_dim].astype(jnp.float32), x[..., self.rotary_dim :]
+        turned, rest = widen(x[..., : self.rotary_dim]), x[..., self.rotary_dim :]
         if self.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]
             out = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
@@ -215,7 +216,7 @@ class T5Bias:
 
     def bias(self, distance: jax.Array, table: jax.Array) -> jax.Array:
         """`distance i32[B, 1 or H, T, C] -> f32[B, H, T, C]` (an axis of one head broadcasts)."""
-        bias = jnp.moveaxis(jnp.take(table.astype(jnp.float32), self.bucket(distance), axis=0, mode="clip"), -1, 1)
+        bias = jnp.moveaxis(jnp.take(widen(table), self.bucket(distance), axis=0, mode="clip"), -1, 1)
         if distance.shape[1] == 1:
             return bias[:, :, 0]
         return jnp.moveaxis(jnp.diagonal(bias, axis1=1, axis2=2), -1, 1)

@@ -33,7 +33,7 @@ TRANSPOSED_FORMS = (
 
 
 def dense(x: jax.Array, w: jax.Array, *, impl: str | None = None) -> jax.Array:
-    """`x[..., K] @ w[K, N] -> [..., N]`, both float32, bfloat16 or float16.
+    """`x[..., K] @ w[K, N] -> [..., N]`, both float32, bfloat16, float16 or float64.
 
     `impl`: "halves" (one float32 row, CPU), "wide" (bfloat16, CPU), "plain" (XLA's product), "ref", or None for what is
     fastest where the program will run. Differentiable. Raises ArgumentError for ranks, sizes or dtypes that do not fit,
@@ -44,7 +44,7 @@ def dense(x: jax.Array, w: jax.Array, *, impl: str | None = None) -> jax.Array:
 
 
 def dense_transposed(x: jax.Array, w: jax.Array, *, impl: str | None = None) -> jax.Array:
-    """`x[..., K] @ w[N, K].T -> [..., N]`, both float32, bfloat16 or float16.
+    """`x[..., K] @ w[N, K].T -> [..., N]`, both float32, bfloat16, float16 or float64.
 
     `impl`: "halves", "sums" (2 to 64 float32 rows, CPU), "wide", "plain", "ref" or None, as for `dense`; so are the
     errors.
@@ -56,7 +56,7 @@ def dense_transposed(x: jax.Array, w: jax.Array, *, impl: str | None = None) -> 
 def _call(op: str, x: jax.Array, w: jax.Array, pattern: str) -> Call:
     letters = " ".join(f"B{i}" for i in range(max(x.ndim - 1, 0)))
     sizes = check.shapes(op, x=(x, f"{letters} K"), w=(w, pattern))
-    dtype = check.dtypes(op, x=x, w=w)
+    dtype = check.dtypes(op, (*check.FLOATS, "float64"), x=x, w=w)
     return Call(math.prod(x.shape[:-1]), sizes["K"], sizes["N"], dtype)
 
 
