@@ -1,5 +1,7 @@
 """The training loop: what a step does, and that a run resumes to the bit after a kill."""
 
+import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -218,3 +220,39 @@ def test_errors_name_what_is_wrong(tmp_path):
     broken = recipe(objective=lambda params, batch, key: (jnp.nan * jnp.sum(params["w"]), {}))
     with pytest.raises(JobError, match="the loss is nan at step 1"):
         loop.train(broken, fresh(broken), CONFIG, tmp_path / "broken")
+
+
+def test_without_resume_an_older_run_is_replaced(undisturbed, tmp_path):
+    which = recipe()
+    loop.train(which, fresh(which), CONFIG, tmp_path)
+    again = loop.train(which, fresh(which), dataclasses.replace(CONFIG, steps=6), tmp_path, resume=False)
+    assert int(again.step) == loop.Checkpoints(tmp_path / "checkpoints").latest() == 6
+    assert digest(loop.train(which, fresh(which), CONFIG, tmp_path)) == digest(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x [No space left on device]")],
+)
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, undisturbed, error):
+    which = recipe()
+    checkpoints = loop.Checkpoints(tmp_path / "checkpoints", identity=which.identity)
+    state = fresh(which)
+    checkpoints.save(state)
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(
+        CheckpointError, match="cannot save step 12 .*: no space left on device; .* of step 0 is intact"
+    ):
+        checkpoints.save(undisturbed)
+    assert digest(checkpoints.restore(state)) == digest(state)
+
+
+def test_a_fingerprint_tells_trees_apart():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(())}
+    assert loop.fingerprint(tree) == loop.fingerprint(jax.tree.map(jnp.array, tree))
+    others = ({**tree, "b": jnp.zeros(())}, {**tree, "a": tree["a"].T}, {"c": tree["a"], "b": tree["b"]})
+    assert len({loop.fingerprint(other) for other in (tree, *others)}) == 4

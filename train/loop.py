@@ -9,7 +9,10 @@ Stability: experimental.
 """
 
 import dataclasses
+import errno
+import hashlib
 import math
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import struct
@@ -90,6 +94,17 @@ def init_state(params: Any, recipe: Recipe, key: jax.Array) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), ema, key)
 
 
+def fingerprint(tree: Any) -> str:
+    """A short hash of the names, shapes and first values of a tree's leaves: what to put into `Recipe.identity` for the
+    arrays that a run reads and does not save (`frozen`), or starts from."""
+    h = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # The first row of each axis but the last: all of a large leaf would have to be fetched.
+        first = np.asarray(leaf[(0,) * (leaf.ndim - 1)])
+        h.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + first.tobytes())
+    return h.hexdigest()[:16]
+
+
 def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The pure `train_step(state, batch, frozen=None) -> (state, metrics)` of a recipe, to be run under `jax.jit`.
 
@@ -156,13 +171,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Saves under the number of completed updates; saving the same step again does nothing."""
+        """Saves under the number of completed updates; saving the same step again does nothing.
+
+        Raises `CheckpointError` where the write fails; checkpoints from before are left as they were.
+        """
         step = int(state.step)
         if step == self.latest():
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), recipe=ocp.args.JsonSave(self.identity))
-        self._manager.save(step, args=args)
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(step, args=args)
+            self._manager.wait_until_finished()
+        except (
+            Exception
+        ) as error:  # a full disk reaches us as an OSError, or as whatever the storage library makes of it
+            kept = self.latest()
+            left = "no checkpoint was saved before" if kept is None else f"the checkpoint of step {kept} is intact"
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left on device" in str(error)
+            reason = "no space left on device" if full else str(error).partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"cannot save step {step} below {self.folder}: {reason}; {left}") from error
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state at `step` (default: the newest) with the shapes, dtypes and shardings of `like`.
@@ -212,10 +239,13 @@ def train(
     """Runs the recipe to `config.steps` completed updates and returns the final state.
 
     Below `folder`: `checkpoints/`, `metrics.jsonl` (one object a logged step) and `curve.png`. With `resume` the newest
-    checkpoint replaces `state`, and metrics of updates that it does not hold are dropped, since they are made again.
+    checkpoint replaces `state`, and metrics of updates that it does not hold are dropped, since they are made again;
+    without, checkpoints that are there are removed.
     Raises `Preempted` after a SIGTERM (state saved), `JobError` when the loss stops being finite (state not saved).
     """
     folder = Path(folder)
+    if not resume:  # Orbax saves no step below one that is there already
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep, identity=recipe.identity)
     try:
         if resume and checkpoints.latest() is not None:
