@@ -125,14 +125,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int)
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
-    """One uint16 array a document, without special tokens."""
+    """One array a document, without special tokens: uint16, or int32 where the vocabulary is larger."""
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
     encoded = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
-    return [np.asarray(e.ids, np.uint16) for e in encoded]
+    return [np.asarray(e.ids, kind) for e in encoded]
 
 
 def concatenate(documents: Sequence[np.ndarray], *, end: int = 0) -> np.ndarray:
     """`end d1 end d2 ... end`: one stream in which `end` both closes a document and opens the next."""
-    parts = [np.array([end], np.uint16)]
+    parts = [np.array([end], documents[0].dtype if documents else np.uint16)]
     for tokens in documents:
         parts += [tokens, parts[0]]
     return np.concatenate(parts)

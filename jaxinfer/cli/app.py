@@ -18,6 +18,7 @@ from jaxinfer.cli.doctor import doctor
 from jaxinfer.cli.generate import generate
 from jaxinfer.cli.info import info
 from jaxinfer.cli.methods import methods
+from jaxinfer.cli.train import train
 from jaxinfer.errors import JaxinferError
 
 HELP = f"""Run language models with published methods that make them fast, in JAX.
@@ -56,6 +57,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 for command in (generate, compare, info, methods, doctor):
     app.command(epilog=codes.HELP)(_interruptible(command))
+app.add_typer(train, name="train")
 
 
 def _version(value: bool) -> None:
