@@ -124,6 +124,15 @@ METHODS: tuple[Method, ...] = (
         cli="--drafter copyspec-draft",
     ),
     Method(
+        name="lud",
+        family="drafter",
+        title="a model trained on lexical units guesses past PADs; what it is sure of stays, unchecked",
+        guarantee="approximate",
+        entry="jaxinfer.decode.lud:LUD",
+        paper=Paper("Sun et al.", 2024, "2405.15208"),
+        cli="--drafter lud",
+    ),
+    Method(
         name="chooser",
         family="drafter",
         title="how many drafts of another drafter a row scores: by its acceptance and the latency curve",

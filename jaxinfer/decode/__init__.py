@@ -19,6 +19,7 @@ from jaxinfer.decode.gad import GAD, TopBeta
 from jaxinfer.decode.grammar import Grammar
 from jaxinfer.decode.jacobi import Jacobi
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
+from jaxinfer.decode.lud import LUD, Decided
 from jaxinfer.decode.pearl import Pearl
 from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
@@ -44,6 +45,7 @@ __all__ = [
     "Config",
     "CopyDraft",
     "CopySpec",
+    "Decided",
     "DraftModel",
     "Evidence",
     "Features",
@@ -51,6 +53,7 @@ __all__ = [
     "Grammar",
     "Greedy",
     "Jacobi",
+    "LUD",
     "NGrams",
     "Pearl",
     "PromptLookup",
