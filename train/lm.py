@@ -31,8 +31,13 @@ OUTPUTS = frozenset({"o", "down"})
 def token_losses(step, params, batch) -> jax.Array:
     """-log p(target), f32[B,T], of a batch with ids, targets, segments and positions i32[B,T]."""
     output, _ = step(params, batch["ids"], batch["positions"], mask=Segments(batch["segments"]))
-    logits = step.head(params, output.hidden)
-    gold = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    return next_token_losses(step, params, output.hidden, batch["targets"])
+
+
+def next_token_losses(step, params, hidden, targets) -> jax.Array:
+    """-log p(target), f32[B,T], of `hidden[B,T,D]` and `targets i32[B,T]`."""
+    logits = step.head(params, hidden)
+    gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - gold
 
 
