@@ -42,7 +42,7 @@ MACHINERY = {
     "cache": {"base"},
     "decode": {"compiler", "config", "drafter", "emit", "keys", "language_model", "logprobs", "loop", "stream", "text"}
     | {"types"},
-    "quant": {"apply", "serialize", "tree"},
+    "quant": {"adapter", "apply", "serialize", "tree"},
 }
 LONGEST = 500
 

@@ -16,8 +16,7 @@ from jax.core import Tracer
 
 from jaxinfer import ops
 from jaxinfer.errors import ConfigError, InputError
-from jaxinfer.quant.lora import input_axis
-from jaxinfer.quant.tree import choose, leaves, map_leaves, stored, wraps
+from jaxinfer.quant.tree import check_rules, choose, input_axis, leaves, map_leaves, stored, wraps
 
 
 class Spec(Protocol):
@@ -33,19 +32,19 @@ def apply(params: Any, rules: Sequence[tuple[str, Spec | None]], *, donate: bool
 
     A rule is `(pattern, spec)`. The pattern is a regular expression that must match the whole path
     (`layers_0/mlp/gate`); the first rule that matches decides; `None` leaves a weight as it is; paths that no rule
-    matches stay too. Only matrices are candidates: norms and biases stay arrays. Under a `LoraArray` or
+    matches stay too. Only matrices are candidates: norms and biases stay arrays. Under an adapter or
     `ExtendedRows` it is the base that is quantized. Works leaf by leaf, eagerly, on sharded arrays, and in
     `jax.eval_shape`; `donate` frees each original as soon as its replacement exists (not those used twice).
 
     Raises InputError for a rule that matches nothing (with the nearest paths) or a weight that is quantized already,
     ConfigError for a malformed rule or a spec that does not fit a weight, naming the path.
     """
-    patterns, specs = _check(rules)
-    chosen = choose(params, patterns)
+    pairs = check_rules(rules, "quantize", "quant.Int8()")
+    chosen = choose(params, [pattern for pattern, _ in pairs])
     uses = Counter(id(array) for _, leaf in leaves(params) for array in jax.tree.leaves(leaf))
 
     def convert(path: str, leaf: Any) -> Any:
-        spec = specs[chosen[path]] if path in chosen else None
+        spec = pairs[chosen[path]][1] if path in chosen else None
         if spec is None:
             return leaf
         try:
@@ -54,17 +53,6 @@ def apply(params: Any, rules: Sequence[tuple[str, Spec | None]], *, donate: bool
             raise type(error)(f"{path}: {error}") from error
 
     return map_leaves(convert, params)
-
-
-def _check(rules: Sequence[tuple[str, Spec | None]]) -> tuple[list[str], list[Spec | None]]:
-    for rule in rules:
-        if not isinstance(rule, tuple) or len(rule) != 2:
-            raise ConfigError(f"a rule is a pair (pattern, spec or None), got {rule!r}")
-        spec = rule[1]
-        if spec is not None and (isinstance(spec, type) or not hasattr(spec, "quantize")):
-            hint = f"; did you mean {spec.__name__}()?" if isinstance(spec, type) else ""
-            raise ConfigError(f"rule {rule[0]!r}: a spec such as quant.Int8() is needed, got {spec!r}{hint}")
-    return [pattern for pattern, _ in rules], [spec for _, spec in rules]
 
 
 def _quantize(leaf: Any, spec: Spec, axis: int, may_free) -> Any:

@@ -18,9 +18,12 @@ import jax
 
 from jaxinfer.errors import CheckpointError, InputError
 from jaxinfer.quant.extended import ExtendedRows
+from jaxinfer.quant.hydra import HydraArray
 from jaxinfer.quant.lora import LoraArray
 from jaxinfer.quant.mixed_rows import MixedRows
+from jaxinfer.quant.paca import PacaArray
 from jaxinfer.quant.quantized import QuantizedArray
+from jaxinfer.quant.soka import SokaArray
 from jaxinfer.quant.transposed import TransposedArray
 from jaxinfer.quant.tree import build, leaves
 from jaxinfer.quant.trit_planes import SumArray
@@ -32,6 +35,9 @@ TYPES: dict[str, type] = {
     "transposed": TransposedArray,
     "mixed_rows": MixedRows,
     "lora": LoraArray,
+    "paca": PacaArray,
+    "soka": SokaArray,
+    "hydra": HydraArray,
     "extended_rows": ExtendedRows,
 }
 _STATIC = {"int": int, "float": (float, int), "str": str}  # annotation -> what JSON may hold
@@ -123,7 +129,7 @@ def _value(name: str, field: dataclasses.Field, entry: Mapping[str, Any], rest: 
             raise CheckpointError(f"{child} must be a {field.type}, got {value!r}")
         return value
     if field.name in entry:
-        # A LoRA adapter saved alone has no base; a format without zeros, factor or second plane says so.
+        # An adapter saved alone has no base; a format without zeros, factor or second plane says so.
         absent = entry[field.name] is None and (field.name == "base" or field.default is None)
         return None if absent else _unflatten(child, entry[field.name], rest)
     if child not in rest:

@@ -77,6 +77,24 @@ def choose(params: Any, patterns: Sequence[str]) -> dict[str, int]:
     return chosen
 
 
+def check_rules(rules: Sequence[tuple[str, Any]], method: str, example: str) -> list[tuple[str, Any]]:
+    """Rules `(pattern, spec or None)` whose specs have `method`; ConfigError names the one that is none."""
+    for rule in rules:
+        if not isinstance(rule, tuple) or len(rule) != 2:
+            raise ConfigError(f"a rule is a pair (pattern, spec or None), got {rule!r}")
+        spec = rule[1]
+        if spec is not None and (isinstance(spec, type) or not hasattr(spec, method)):
+            hint = f"; did you mean {spec.__name__}()?" if isinstance(spec, type) else ""
+            raise ConfigError(f"rule {rule[0]!r}: a spec such as {example} is needed, got {spec!r}{hint}")
+    return list(rules)
+
+
+def input_axis(path: str) -> int:
+    """The axis that a product sums over: -1 for embedding tables `[V, D]`, -2 for kernels `[in, out]`."""
+    name = path.rsplit("/", 1)[-1]
+    return -1 if name == "embedding" or name.endswith("_embedding") else -2
+
+
 def near(text: str, paths: Sequence[str]) -> str:
     """The paths most like `text`, for error messages."""
     return ", ".join(difflib.get_close_matches(text, paths, n=3, cutoff=0.0)) or "none"
