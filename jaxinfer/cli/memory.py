@@ -17,6 +17,7 @@ from jaxinfer import quant
 from jaxinfer.cli.output import size
 from jaxinfer.errors import InputError
 from jaxinfer.models import Step
+from jaxinfer.models.heads import Head
 
 # The largest batch that `auto` picks: beyond it a step takes as much longer as it does more (CPU: cores are full).
 MOST_CPU, MOST_DEVICE = 32, 256
@@ -77,6 +78,13 @@ def need(
     prefill = 2 * prefill_rows * chunk * (width + scores)
     cache, rows = (nbytes(jax.eval_shape(lambda n=n: step.new_cache(n, max_length))) for n in (batch, prefill_rows))
     return Need(nbytes(params), cache, max(4 * decoding, 4 * prefill + rows))
+
+
+def draft_need(draft: Step | Head, **lengths: int) -> Need:
+    """What a draft model takes beside its target; of a head, its weights alone (its cache is one layer's)."""
+    if isinstance(draft, Head):
+        return Need(nbytes(draft.abstract()), 0, 0)
+    return need(draft, abstract_params(draft), **lengths)
 
 
 def most_slots() -> int:

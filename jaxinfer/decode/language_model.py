@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,10 +37,10 @@ from jaxinfer.decode.run import Answer, Completion, Run, bucket
 from jaxinfer.decode.types import Drafter, Reason
 from jaxinfer.errors import InputError
 from jaxinfer.models import ModelConfig, Step
+from jaxinfer.models.heads import Head, LoadedHead, holds_head, load_head
 from jaxinfer.models.hf import load_config, load_directory
 from jaxinfer.models.step import AutoCache, CachePolicy
-from jaxinfer.quant.lora import input_axis
-from jaxinfer.quant.tree import choose
+from jaxinfer.quant.tree import choose, input_axis
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -47,6 +48,10 @@ Prompt = str | Sequence[Message]
 LOOK = 64  # steps between two looks where no text can end a row early
 LOOK_FOR_STOPS = 8
 STREAM_SECONDS = 0.1  # aimed at between two pieces of a stream
+# Kind of head to its drafter, imported when a head of that kind is loaded.
+DRAFTERS: Mapping[str, str] = {
+    "medusa": "jaxinfer.decode.medusa:Medusa",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +96,21 @@ class TextCodec:
 class LanguageModel:
     """`step` and `params` for the pure functions; `generate`, `stream` and `chat` for text.
 
-    `draft`: a smaller model that drafts by default. `directory` is where it was loaded from.
+    `draft`: a smaller model, or a head trained on this one, that drafts by default. `directory` is where it was loaded
+    from.
     """
 
     step: Step
     params: Any
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
-    draft: LanguageModel | None = None
+    draft: LanguageModel | LoadedHead | None = None
     directory: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.draft is not None and self.draft.step.vocab_size != self.step.vocab_size:
+        if isinstance(self.draft, LoadedHead):
+            self.draft.check(self.config, self.params)
+        elif self.draft is not None and self.draft.step.vocab_size != self.step.vocab_size:
             raise InputError(
                 f"draft: got a model of {self.draft.step.vocab_size} tokens; accepted: one of the target's vocabulary, "
                 f"{self.step.vocab_size} tokens"
@@ -237,10 +245,27 @@ class LanguageModel:
 
     def _drafter(self, drafter: Drafter | None, draft_params: Any) -> tuple[Drafter, Any]:
         if drafter is None:
-            drafter = Autoregressive() if self.draft is None else DraftModel(self.draft.step)
-        if draft_params is None and self.draft is not None and hasattr(drafter, "step"):
-            draft_params = self.draft.params  # a drafter without a model of its own takes none
-        return drafter, draft_params
+            drafter = self.default_drafter()
+        return drafter, self.draft_params_for(drafter) if draft_params is None else draft_params
+
+    def default_drafter(self) -> Drafter:
+        """The drafter of the draft model or head, with its default settings; plain decoding where there is none."""
+        if isinstance(self.draft, LoadedHead):
+            return drafter_class(self.draft.head)(head=self.draft.head, target=self.step)
+        return Autoregressive() if self.draft is None else DraftModel(self.draft.step)
+
+    def draft_params_for(self, drafter: Drafter) -> Any:
+        """What `drafter` takes as `draft_params`: the draft's arrays, where it runs this model's draft."""
+        if self.draft is None:
+            return None
+        part = "head" if isinstance(self.draft, LoadedHead) else "step"
+        return self.draft.params if hasattr(drafter, part) else None
+
+
+def drafter_class(head: Head) -> Any:
+    """The drafter of a head: a dataclass with the fields `head` and `target`."""
+    module, _, name = DRAFTERS[head.kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _is_one(prompt: Any) -> bool:
@@ -260,7 +285,7 @@ def load(
     cache: CachePolicy | None = None,
     weights: Sequence[tuple[str, Any]] = (),
     shardings: Callable[[Step], Any] | None = None,
-    draft: str | os.PathLike[str] | LanguageModel | None = None,
+    draft: str | os.PathLike[str] | LanguageModel | LoadedHead | None = None,
     download: bool = False,
 ) -> LanguageModel:
     """A LanguageModel from a packaged model ("tinycode"), a Hugging Face directory, or "owner/name" in the Hub cache.
@@ -268,7 +293,8 @@ def load(
     `dtype` of weights and cache: "auto" is float32 on a CPU, bfloat16 elsewhere. `max_length`: the longest prompt and
     answer together (default: the config's). `weights`: rules as for `quant.apply`, used on each weight as it is loaded.
     `shardings`: where the weights go, given the Step (`lambda step: sharding.shardings(step, mesh, rules)`). `draft`: a
-    smaller model of the same vocabulary that drafts for this one. Raises CheckpointError, ConfigError or InputError.
+    smaller model of the same vocabulary, or a folder of a head trained on this one, that drafts for it. Raises
+    CheckpointError, ConfigError or InputError.
     """
     directory = hub.resolve(model, download=download)
     if dtype == "auto":
@@ -281,8 +307,12 @@ def load(
         directory, dtype=dtype, max_length=max_length,
         shardings=None if shardings is None else shardings(step), on_leaf=_quantizer(step, weights),
     )  # fmt: skip
-    if draft is not None and not isinstance(draft, LanguageModel):
-        draft = load(draft, dtype=dtype, max_length=config.max_length, download=download)
+    if draft is not None and not isinstance(draft, LanguageModel | LoadedHead):
+        found = hub.resolve(draft, download=download)
+        if holds_head(found):
+            draft = load_head(found, dtype=dtype)
+        else:
+            draft = load(found, dtype=dtype, max_length=config.max_length)
     return LanguageModel(step, params, tokenizer, template, draft, directory)
 
 
