@@ -56,6 +56,9 @@ class Limited(DrafterBase):
     def prefill(self, params, state, chunk, output):
         return self.drafter.prefill(params["own"], state, chunk, output)
 
+    def idle(self, params, state, seq):
+        return self.drafter.idle(params["own"], state, seq)
+
     def propose(self, params, state, seq, cache, key, *, target_params, warp):
         proposal, state = self.drafter.propose(
             params["own"], state, seq, cache, key, target_params=target_params, warp=warp

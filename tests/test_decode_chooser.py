@@ -36,10 +36,7 @@ def test_sampled_output_follows_the_targets_law():
 
 
 def fresh(c, batch=1):
-    none = jnp.zeros((batch, c.width))
-    parent = jnp.broadcast_to(jnp.arange(c.width), (batch, c.width))
-    zeros = jnp.zeros(batch, jnp.int32)
-    return decode.chooser.ChooserState((), none, none, parent, zeros, zeros)
+    return decode.chooser.ChooserState.empty((), batch, c.width)
 
 
 def test_before_anything_is_seen_a_chain_is_geometric():
@@ -236,3 +233,44 @@ def test_impossible_settings_are_refused():
             chooser(**options)
     with pytest.raises(ConfigError, match="drafts nothing"):
         Chooser(decode.Autoregressive(), FLAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking(Chooser):
+    """Never says that it is idle, so that the drafter is asked in every step."""
+
+    def idle(self, params, state, seq):
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetful(Chooser):
+    """The bug: plain steps do not count towards the wait."""
+
+    def observe(self, params, state, seq, proposal, scored, verdict, n, cache):
+        after = super().observe(params, state, seq, proposal, scored, verdict, n, cache)
+        return after if proposal.tokens.shape[1] else dataclasses.replace(after, waited=state.waited)
+
+
+def test_plain_steps_change_no_choice():
+    """Rows that copy here and there, or never: what each drafts and says is as if the drafter were always asked."""
+    tokens, lengths = checks.repetitive_prompts()
+
+    def go(kind, **options):
+        drafter = kind(CopySpec(2, 4), MILD, **options)
+        run = toy.Run(checks.MODEL, Config(max_tokens=150, drafter=drafter, features=Features(sample=True)))
+        sampling = Sampling.make(4, eos=[-1], max_tokens=150, temperature=1.5)
+        result = run(checks.PARAMS, tokens, lengths, sampling=sampling)
+        return toy.outputs(result), np.asarray(result.stats.proposed_by_depth).tolist()
+
+    for options in ({}, {"together": True}):
+        asked = go(Asking, **options)
+        assert go(Chooser, **options) == asked
+        assert any(map(sum, asked[1]))
+    assert go(Forgetful) != go(Asking)
+
+
+def test_tries_that_cost_much_are_rarer():
+    c = chooser(STEEP)
+    assert [c.wait(m) for m in c.sizes] == [64, 100, 200]
+    assert chooser(FLAT).wait(4) == 64

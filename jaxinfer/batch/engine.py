@@ -22,6 +22,7 @@ from jaxinfer.batch.params import CONSTRAINTS
 from jaxinfer.batch.requests import Limits
 from jaxinfer.batch.runner import Admission, Event, Look
 from jaxinfer.decode import loop
+from jaxinfer.decode.aggressive import Source
 from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.constrained import Constrained
@@ -39,7 +40,9 @@ class Settings:
     `capacity`: tokens of prompt and answer that a slot holds; `max_tokens`: of the answer; `steps` between two looks
     of the host; `prefill_rows` at a time, in the smallest of `prefill_widths` that holds the prompt; the rest is the
     room for per-row lists (`top_logprobs` None: no log-probabilities) and what the executable computes (`features`).
-    `grammars`: some row has one, so that all steps are run in pieces, with the host's masks in between.
+    `grammars`: some row has one, so that all steps are run in pieces, with the host's masks in between. `source`:
+    tokens of the text that an answer edits. `curves`: what a forward cost when the job began, where its drafter chooses
+    by that.
     """
 
     slots: int
@@ -55,6 +58,8 @@ class Settings:
     top_logprobs: int | None = None
     features: tuple[str, ...] = ()
     grammars: bool = False
+    source: int = 0
+    curves: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prefill_widths", "features"):
@@ -107,6 +112,7 @@ class Settings:
             top_logprobs=survey.top_logprobs if "logprobs" in used else None,
             features=tuple(name for name, on in features.items() if on),
             grammars=bool(used & set(CONSTRAINTS)),
+            source=-(-survey.source // 64) * 64,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -121,7 +127,8 @@ class Settings:
     @property
     def limits(self) -> Limits:
         """What a row may ask for."""
-        return Limits(self.capacity, self.bias, self.forced, self.stop_ids, self.top_logprobs or 0, self.grammars)
+        lists = self.bias, self.forced, self.stop_ids, self.top_logprobs or 0
+        return Limits(self.capacity, *lists, self.grammars, self.source)
 
     def width(self, tokens: int) -> int:
         """The prefill width of a prompt of so many tokens."""
@@ -213,7 +220,7 @@ class DecodeEngine:
         sampling = jax.tree.map(lambda leaf: np.repeat(leaf[:1], self.slots, 0), sampling)
         keys = np.repeat(keys[:1], self.slots, 0)
         self._state = _start(
-            self._params, self._draft_params, tokens, lengths, sampling, keys,
+            self._params, self._drafts_of([], self.slots), tokens, lengths, sampling, keys,
             step=self._step, config=self._config, capacity=self.settings.capacity,
         )  # fmt: skip
 
@@ -230,7 +237,7 @@ class DecodeEngine:
             slots[index] = admission.slot
         sampling, keys = _rows(group, s)
         self._state = _place(
-            self._params, self._draft_params, self._state, slots, tokens, lengths, sampling, keys,
+            self._params, self._drafts_of(group, s.prefill_rows), self._state, slots, tokens, lengths, sampling, keys,
             step=self._step, config=self._config, capacity=s.capacity,
         )  # fmt: skip
         for admission in group:
@@ -238,6 +245,13 @@ class DecodeEngine:
             self._constrained.matchers[admission.slot] = None if matcher is None else matcher.fork()
             self._filled.add(admission.slot)
             self._ended[admission.slot] = False
+
+    def _drafts_of(self, group: Sequence[Admission], rows: int) -> Any:
+        """The drafter's params for a prefill of so many rows: what the group edits, where the drafter takes that."""
+        if not (self.settings.source and getattr(self._config.drafter, "takes_source", False)):
+            return self._draft_params
+        sources = [admission.row.source for admission in group]
+        return Source.of([*sources, *[()] * (rows - len(sources))], self.settings.source)
 
     def _advance_constrained(self) -> "_Seen":
         state = _finish(self._state, self._ended)

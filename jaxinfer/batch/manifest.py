@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxinfer.batch import files
 from jaxinfer.batch.params import SamplingParams
-from jaxinfer.batch.requests import BadRow, Codec, Request, encode_prompt, identity, parse_row
+from jaxinfer.batch.requests import BadRow, Codec, Request, encode_prompt, encode_source, identity, parse_row
 from jaxinfer.errors import InputError, JaxinferError, JobError
 
 FORMAT = 1
@@ -66,9 +66,10 @@ class Survey:
     forced: int = 0
     stop_ids: int = 0
     top_logprobs: int = 0
+    source: int = 0  # tokens of the longest text that an answer edits
     used: frozenset[str] = frozenset()  # parameters that some row sets to other than the default
 
-    def add(self, row: Request, prompt_tokens: int) -> "Survey":
+    def add(self, row: Request, prompt_tokens: int, source: int = 0) -> "Survey":
         p = row.params
         return Survey(
             rows=self.rows + 1,
@@ -81,6 +82,7 @@ class Survey:
             forced=max(self.forced, len(p.forced_tokens)),
             stop_ids=max(self.stop_ids, len(p.stop_token_ids)),
             top_logprobs=max(self.top_logprobs, p.logprobs or 0),
+            source=max(self.source, source),
             used=self.used | p.changed().keys(),
         )
 
@@ -215,7 +217,7 @@ def _surveyed(survey: Survey, row: Request | BadRow, codec: Codec | None, max_le
         try:
             tokens = len(encode_prompt(row, codec)) if codec is not None else 0
             if max_length is None or tokens < max_length:
-                return survey.add(row, tokens)
+                return survey.add(row, tokens, len(encode_source(row, codec)) if codec is not None else 0)
         except JaxinferError:
             pass
     return dataclasses.replace(survey, rows=survey.rows + 1, bad=survey.bad + 1)

@@ -252,6 +252,12 @@ class SamplingParams:
         aliases=("guided_grammar",),
     )  # fmt: skip
     response_format: tuple[str, ...] | None = _param(None, ResponseFormat(), "json_schema as OpenAI spells it.")
+    source: str | None = _param(
+        None,
+        Text("a text"),
+        "The text that the answer edits: --drafter aggressive drafts from it, by default from the prompt. It changes "
+        "no answer.",
+    )
     n: int = _param(1, Int(1, 1024), "Answers for each prompt.")
     logprobs: int | None = _param(
         None, Count(20), "Log-probabilities: true for the answered tokens, a number for that many likeliest as well."
@@ -382,7 +388,7 @@ def options() -> tuple[Option, ...]:
         default = "" if p.default in (None, ()) or isinstance(p.kind, Flag) else f"; default {p.default:g}"
         once = " Give it again for more." if multiple else ""
         accepts = "" if isinstance(p.kind, Flag) else f" ({accepts}{default})"
-        file = p.name in ("json_schema", "grammar")
+        file = p.name in ("json_schema", "grammar", "source")
         accepts = " (a file)" if file else accepts
         text = f"{p.help}{once}{accepts}"
         out.append(Option(p.name, p.flag, kinds[type(p.kind)], multiple, p.default, text, file))

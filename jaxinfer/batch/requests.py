@@ -73,8 +73,8 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an executable has room for: tokens of prompt and answer together, entries of the per-row lists, and whether
-    it decodes under grammars."""
+    """What an executable has room for: tokens of prompt and answer together, entries of the per-row lists, whether it
+    decodes under grammars, and tokens of the source that an answer edits (None: any)."""
 
     max_length: int
     bias: int
@@ -82,12 +82,13 @@ class Limits:
     stop_ids: int
     top_logprobs: int
     grammars: bool = False
+    source: int | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as the model takes it: token ids, at most `limit` answer tokens, bias (-inf bans), ids that end it, and
-    the matcher of its grammar (`decode.grammar.Matcher`) at the answer's start."""
+    """A request as the model takes it: token ids, at most `limit` answer tokens, bias (-inf bans), ids that end it, the
+    matcher of its grammar (`decode.grammar.Matcher`) at the answer's start, and the source that it edits."""
 
     request: Request
     tokens: tuple[int, ...]
@@ -96,6 +97,7 @@ class Prepared:
     forced: tuple[int, ...]
     stop_ids: tuple[int, ...]
     matcher: Any = field(default=None, compare=False)
+    source: tuple[int, ...] = ()
 
 
 def identity(row_id: str | int) -> bytes:
@@ -172,6 +174,15 @@ def encode_prompt(request: Request, codec: Codec) -> tuple[int, ...]:
     return tokens
 
 
+def encode_source(request: Request, codec: Codec) -> tuple[int, ...]:
+    """Token ids of the text that the answer edits, with the token that ends it; none where the request has none."""
+    if request.params.source is None:
+        return ()
+    tokens = (*codec.encode(request.params.source, special=False), *codec.eos_ids[:1])
+    _in_vocabulary("source", tokens, codec)
+    return tokens
+
+
 def _prepare(request: Request, codec: Codec, limits: Limits) -> Prepared:
     params = request.params
     tokens = encode_prompt(request, codec)
@@ -198,7 +209,10 @@ def _prepare(request: Request, codec: Codec, limits: Limits) -> Prepared:
             raise InputError(f"{name}: got {got} entries; accepted: at most {room} in this job")
     limit = min(params.max_tokens, limits.max_length - len(tokens))
     matcher = None if params.constraint is None else _matcher(params, codec, limits)
-    return Prepared(request, tokens, limit, bias, params.forced_tokens, stop_ids, matcher)
+    source = encode_source(request, codec)
+    if limits.source is not None and len(source) > limits.source:
+        raise InputError(f"source: got {len(source)} tokens; accepted: at most {limits.source} in this job")
+    return Prepared(request, tokens, limit, bias, params.forced_tokens, stop_ids, matcher, source)
 
 
 def _matcher(params: SamplingParams, codec: Codec, limits: Limits) -> Any:

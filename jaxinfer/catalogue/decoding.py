@@ -139,6 +139,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact in distribution",
         entry="jaxinfer.decode.chooser:Chooser",
         paper=_SPECULATIVE,
+        cli="--drafter auto",
     ),
     # What decides which proposals stay.
     Method(

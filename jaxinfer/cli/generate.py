@@ -19,7 +19,11 @@ Output = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Where the answers go, a JSON line for each row, in the rows' order."),
 ]
-Drafter = Annotated[str | None, typer.Option(help="Propose several tokens a forward: plain, draft[:gamma=4].")]
+DRAFTER_HELP = """Propose several tokens a forward: plain, draft[:gamma=4], copyspec, token-recycling, ...: see
+`jaxinfer methods`. auto[:drafter=copyspec] drafts as far as that pays on this machine, by each row's acceptance; a job
+measures its forwards once and keeps the times. (The width of its forwards follows the rows at work, and rounding the
+width: where two tokens are all but equal, an answer may differ from that in another batch.)"""
+Drafter = Annotated[str | None, typer.Option(help=" ".join(DRAFTER_HELP.split()))]
 BatchSize = Annotated[str, typer.Option(help="Rows in work at a time: a number, or auto, which is what memory allows.")]
 Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed of the run: a row's draws follow from it and the row's id.")
@@ -60,7 +64,7 @@ def generate(
     if (prompt is None) == (not input):
         raise InputError("generate: accepted: either --prompt or --input")
     draft_model = options.draft_for(model, draft_model, drafter)
-    drafter = drafter or ("plain" if draft_model is None else "draft")
+    drafter = drafter or options.default_drafter(draft_model)
     options.DRAFTERS.parse(drafter, step=None, target=None)  # told before anything is loaded
     if prompt is not None:
         from jaxinfer.cli import one
@@ -71,7 +75,11 @@ def generate(
             )
         text = sys.stdin.read() if prompt == "-" else prompt
         lm = one.prepare(model, draft_model, options.format_of(weights, cache), max_length)
-        one.answer(lm, text, sampling, seed=seed or 0, drafter=options.drafter_of(drafter, lm), as_json=as_json)
+        room = one.room(lm, [text], sampling.max_tokens)
+        one.answer(
+            lm, text, sampling, seed=seed or 0, as_json=as_json,
+            drafter=options.drafter_of(drafter, lm, batch=sampling.n, capacity=room),
+        )  # fmt: skip
         return
     from jaxinfer.cli import job
 

@@ -6,6 +6,7 @@ Stability: internal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinfer.batch.params import SamplingParams
 from jaxinfer.cli import codes, compiled, identity, memory, options
+from jaxinfer.cli.auto import Auto, curves_of
 from jaxinfer.cli.machine import available_memory
 from jaxinfer.cli.output import note, size
 from jaxinfer.errors import InputError, JobError
@@ -22,8 +24,9 @@ from jaxinfer.errors import InputError, JobError
 if TYPE_CHECKING:
     from jaxinfer.batch.engine import Settings
     from jaxinfer.batch.manifest import Survey
-    from jaxinfer.decode.language_model import TextCodec
+    from jaxinfer.decode.language_model import LanguageModel, TextCodec
     from jaxinfer.models import Step
+    from jaxinfer.models.heads import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Plan:
     codec: TextCodec
     params: Any
     draft_directory: Path | None
-    draft_step: Step | None
+    draft_step: Step | Head | None
 
     def need(self, settings: Settings, slots: int) -> memory.Need:
         """Bytes of weights, caches and work, the draft model's too."""
@@ -74,7 +77,7 @@ class Plan:
         }
         found = memory.need(self.step, self.params, slots=slots, **lengths)
         if self.draft_step is not None:
-            found += memory.need(self.draft_step, memory.abstract_params(self.draft_step), **lengths)
+            found += memory.draft_need(self.draft_step, **lengths)
         return found
 
 
@@ -93,7 +96,7 @@ def plan_of(asked: Asked) -> Plan:
     draft_directory = draft_step = None
     if asked.draft_model is not None:
         draft_directory = hub.resolve(asked.draft_model)
-        draft_step = options.step_of(draft_directory, options.format_of("auto", "auto"), step.config.max_length)
+        draft_step = options.draft_part(draft_directory, step.config.max_length)
     codec = TextCodec(tokenizer, template, step.vocab_size)
     params = memory.abstract_params(step, chosen.rules)
     return Plan(directory, step, codec, params, draft_directory, draft_step)
@@ -128,11 +131,18 @@ def run(asked: Asked) -> int:
     plan = plan_of(asked)
     compiled.use_cache()
     compiled.announce()
-    width = options.drafter_step(asked.drafter, plan.draft_step, plan.step).width + 1
+    drafter = options.drafter_step(asked.drafter, plan.draft_step, plan.step)
+    width, chosen = drafter.width + 1, options.format_of(asked.weights, asked.cache)
+
+    @functools.cache
+    def load() -> LanguageModel:
+        return options.load(asked.model, chosen, max_length=asked.max_length, draft_model=asked.draft_model)
+
     with progress_bar("reading rows") as tell:
         job = open_job(
             asked.output, asked.inputs, fingerprint=identity.fingerprint(asked, plan), defaults=asked.sampling,
-            settings=lambda survey: _settings(asked, plan, survey, width).to_json(), seed=asked.seed,
+            settings=lambda survey: _measured(drafter, _settings(asked, plan, survey, width), load).to_json(),
+            seed=asked.seed,
             codec=plan.codec, max_length=plan.step.config.max_length, force_new=asked.force_new,
             progress=lambda rows: tell(rows, None),
         )  # fmt: skip
@@ -141,12 +151,11 @@ def run(asked: Asked) -> int:
         return codes.ROWS_FAILED if job.totals().errors else codes.OK
     settings = Settings.from_json(job.manifest.settings)
     _say_need(plan.need(settings, width), settings)
-    chosen = options.format_of(asked.weights, asked.cache)
-    lm = options.load(asked.model, chosen, max_length=asked.max_length, draft_model=asked.draft_model)
-    drafter = options.drafter_of(asked.drafter, lm)
+    lm = load()
+    drafter = drafter.with_curves(settings.curves) if isinstance(drafter, Auto) else drafter
     engine = DecodeEngine(
         lm.step, lm.params, settings, config=Config(drafter=drafter), notice=note,
-        draft_params=lm.draft.params if lm.draft is not None and hasattr(drafter, "step") else None,
+        draft_params=lm.draft_params_for(drafter),
     )  # fmt: skip
     with stop_on(signal.SIGTERM) as stop, progress_bar("rows") as tell:
         runner = Runner(
@@ -175,6 +184,15 @@ def _settings(asked: Asked, plan: Plan, survey: Survey, width: int) -> Settings:
     available, where = available_memory()
     slots = memory.largest(memory.most_slots(), lambda slots: plan.need(with_slots(slots), width), available, where)
     return with_slots(slots)
+
+
+def _measured(drafter: Any, settings: Settings, load: Callable[[], LanguageModel]) -> Settings:
+    """The settings with what a forward costs on this machine, where the drafter chooses by it."""
+    if not isinstance(drafter, Auto):
+        return settings
+    note(f"measuring forwards of {settings.slots} rows, once for the job")
+    chooser = drafter.measured(load(), batch=settings.slots, capacity=settings.capacity)
+    return dataclasses.replace(settings, curves=curves_of(chooser))
 
 
 def _say_need(need: memory.Need, settings: Settings) -> None:

@@ -6,6 +6,7 @@ Stability: internal.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -23,6 +24,14 @@ def prepare(model: str, draft_model: str | None, chosen: options.Format, max_len
     compiled.use_cache()
     compiled.announce()
     return options.load(model, chosen, max_length=max_length, draft_model=draft_model)
+
+
+def room(lm: LanguageModel, prompts: Sequence[str], max_tokens: int) -> int:
+    """Tokens of the buckets that hold each of `prompts` and its answer."""
+    from jaxinfer.decode.run import ANSWER_BUCKET, PROMPT_BUCKET, bucket
+
+    longest = max(len(lm.codec.encode(prompt)) for prompt in prompts)
+    return min(bucket(longest, PROMPT_BUCKET) + bucket(max_tokens, ANSWER_BUCKET), lm.config.max_length)
 
 
 def answer(lm: LanguageModel, prompt: str, sampling: SamplingParams, *, seed: int, drafter: Any, as_json: bool) -> None:

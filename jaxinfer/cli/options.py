@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxinfer.checkpoint import hub
 from jaxinfer.cli.specs import Registry
 from jaxinfer.errors import InputError
 
 if TYPE_CHECKING:
     from jaxinfer.decode.language_model import LanguageModel
     from jaxinfer.models import Step
+    from jaxinfer.models.heads import Head
 
 MODEL_HELP = "A checkpoint directory, a packaged model, or owner/name in the local Hub cache."
 Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 DraftModel = Annotated[
-    str | None, typer.Option("--draft-model", help="A smaller model of the same vocabulary, for drafters that run one.")
+    str | None,
+    typer.Option("--draft-model", help="A smaller model of the same vocabulary, or a head trained on this one."),
 ]
 Weights = Annotated[
     str,
@@ -74,6 +77,7 @@ DRAFTERS = Registry(
     "--drafter",
     {
         "plain": "jaxinfer.decode.autoregressive:Autoregressive",
+        "auto": "jaxinfer.cli.auto:Auto",
         "draft": "jaxinfer.decode.draft_model:DraftModel",
         "prompt-lookup": "jaxinfer.decode.prompt_lookup:PromptLookup",
         "copyspec": "jaxinfer.decode.copyspec:CopySpec",
@@ -85,6 +89,8 @@ DRAFTERS = Registry(
         "copyspec-draft": "jaxinfer.decode.copy_draft:CopyDraft",
         "pearl": "jaxinfer.decode.pearl:Pearl",
         "triforce": "jaxinfer.decode.triforce:TriForce",
+        "lud": "jaxinfer.decode.lud:LUD",
+        "medusa": "jaxinfer.decode.medusa:Medusa",
     },
 )
 # Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.
@@ -154,27 +160,63 @@ def load(model: str, chosen: Format, *, max_length: int | None, draft_model: str
 
 
 def draft_for(model: str, draft_model: str | None, drafters: str | None) -> str | None:
-    """Which draft model to load: the one named; for a drafter that runs one beside the packaged model, its packaged
-    draft."""
-    names = [] if drafters is None else [name.partition(":")[0] for name in drafters.split(",")]
-    wants = next((name for name in names if name in DRAFTERS.entries and _runs_a_model(DRAFTERS.kind(name))), None)
+    """Which draft model or head to load: the one named; for a drafter that runs one beside the packaged model, the
+    packaged one. `auto` alone takes a draft model where there is one."""
+    given = [] if drafters is None else drafters.split(",")
+    names = [name.rpartition("drafter=")[2].partition(":")[0] for name in given]
+    if "auto" in names and model == "tinycode":
+        return draft_model or "tinycode-draft"
+    names = [name for name in names if name != "auto"]
+    wants = next((name for name in names if name in DRAFTERS.entries and _runs(DRAFTERS.kind(name))), None)
     if draft_model is not None or wants is None:
         return draft_model
-    if model == "tinycode":
-        return "tinycode-draft"
-    raise InputError(f"--drafter {wants}: got no --draft-model; accepted: a smaller model of {model}'s vocabulary")
+    part = _runs(DRAFTERS.kind(wants))
+    packaged = "tinycode-draft" if part == "step" else f"tinycode-{wants}"
+    if model == "tinycode" and packaged in hub.PACKAGED:
+        return packaged
+    accepted = f"a smaller model of {model}'s vocabulary" if part == "step" else f"a {wants} head trained on {model}"
+    raise InputError(f"--drafter {wants}: got no --draft-model; accepted: {accepted}")
 
 
-def _runs_a_model(kind: type) -> bool:
-    return any(field.name == "step" for field in dataclasses.fields(kind))
+def _runs(kind: type) -> str | None:
+    """Which of the two a drafter runs, by the name of its field: a draft model's `step`, a `head`, or neither."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return next((name for name in ("step", "head") if name in names), None)
 
 
-def drafter_step(text: str | None, draft_step: Step | None, target_step: Step | None = None) -> Any:
-    """The drafter of `--drafter`, drafting with `draft_step` for `target_step`; plain without one."""
-    return DRAFTERS.parse(text or "plain", step=draft_step, target=target_step)
+def draft_part(directory: Path, max_length: int | None) -> Step | Head:
+    """The Step of a draft model, or the head, that a folder holds; no weight is read."""
+    from jaxinfer.models.heads import files
+
+    if files.holds_head(directory):
+        return files.describe(directory)[0]
+    return step_of(directory, format_of("auto", "auto"), max_length)
 
 
-def drafter_of(text: str | None, lm: LanguageModel) -> Any:
-    """The same for a loaded model; by default its draft model drafts, where it has one."""
-    draft_step = None if lm.draft is None else lm.draft.step
-    return drafter_step(text or ("plain" if draft_step is None else "draft"), draft_step, lm.step)
+def default_drafter(draft_model: str | None) -> str:
+    """The name of the drafter that runs a draft model or a head; plain without one."""
+    if draft_model is None:
+        return "plain"
+    from jaxinfer.models.heads import files
+
+    found = hub.resolve(draft_model)
+    return files.describe(found)[0].kind if files.holds_head(found) else "draft"
+
+
+def drafter_step(text: str | None, draft: Step | Head | None, target_step: Step | None = None) -> Any:
+    """The drafter of `--drafter`, drafting with `draft` for `target_step`; plain without one. `auto` is an `auto.Auto`,
+    which has yet to be measured."""
+    part = {} if draft is None else {"head" if hasattr(draft, "kind") else "step": draft}
+    return DRAFTERS.parse(text or "plain", **{"step": None, "head": None, "target": target_step, **part})
+
+
+def drafter_of(text: str | None, lm: LanguageModel, *, batch: int = 1, capacity: int = 512) -> Any:
+    """The same for a loaded model; by default its draft model or head drafts, where it has one. `auto` is measured, for
+    `batch` rows of `capacity` tokens."""
+    from jaxinfer.cli.auto import Auto
+
+    if text is None:
+        return lm.default_drafter()
+    draft = None if lm.draft is None else getattr(lm.draft, "head", None) or getattr(lm.draft, "step", None)
+    drafter = drafter_step(text, draft, lm.step)
+    return drafter.measured(lm, batch=batch, capacity=capacity) if isinstance(drafter, Auto) else drafter

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxinfer.cli import options
+from jaxinfer.cli import one, options
 from jaxinfer.cli.specs import Registry
 from jaxinfer.errors import InputError
 
@@ -36,17 +36,18 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """`name` as it was written, and how it makes its model and drafter out of the loaded model."""
+    """`name` as it was written, and how it makes its model and drafter out of the loaded model, for so many rows of so
+    many tokens."""
 
     name: str
-    build: Callable[[LanguageModel], tuple[LanguageModel, Any]]
+    build: Callable[[LanguageModel, int, int], tuple[LanguageModel, Any]]
 
 
 def split(methods: str) -> list[str]:
     """Names at their commas, where `key=value` goes on with the method before: "draft:gamma=2,plain"."""
     names: list[str] = []
     for part in methods.split(","):
-        if names and ":" not in part and "=" in part:
+        if names and "=" in part.partition(":")[0]:
             names[-1] += f",{part}"
         else:
             names.append(part)
@@ -61,12 +62,12 @@ def parse(name: str) -> Method:
     word = name.partition(":")[0]
     if word in options.DRAFTERS.entries:
         METHODS.parse(name, step=None, target=None)
-        return Method(name, lambda lm: (lm, options.drafter_of(name, lm)))
+        return Method(name, lambda lm, batch, room: (lm, options.drafter_of(name, lm, batch=batch, capacity=room)))
     spec = METHODS.parse(name)
     plain = options.DRAFTERS.parse("plain")
     if word.endswith("-weights"):
-        return Method(name, lambda lm: (dataclasses.replace(lm, params=_quantized(lm.params, spec)), plain))
-    return Method(name, lambda lm: (dataclasses.replace(lm, step=dataclasses.replace(lm.step, cache=spec)), plain))
+        return Method(name, lambda lm, *_: (dataclasses.replace(lm, params=_quantized(lm.params, spec)), plain))
+    return Method(name, lambda lm, *_: (dataclasses.replace(lm, step=dataclasses.replace(lm.step, cache=spec)), plain))
 
 
 def _quantized(params: Any, spec: Any) -> Any:
@@ -107,7 +108,8 @@ def measure_all(
     """Every method on all prompts, in turns, as JSON values."""
     from jaxinfer import measure
 
-    built = {method.name: method.build(lm) for method in methods}
+    room = one.room(lm, prompts, asked["max_tokens"])
+    built = {method.name: method.build(lm, batch_size, room) for method in methods}
     runs: dict[str, Callable[[], list[Completion]]] = {}
     answers: dict[str, list[Completion]] = {}
     for name, (model, drafter) in built.items():

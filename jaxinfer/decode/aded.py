@@ -142,6 +142,10 @@ class ADED(DrafterBase):
         last = seq.prompt_length.max()
         return jax.lax.fori_loop(2, last, lambda i, t: self._learn(t, seq, i, i < seq.prompt_length), table)
 
+    def idle(self, params, state: Table, seq):
+        """None: the table is asked."""
+        return jnp.zeros_like(seq.done)
+
     def propose(self, params, state: Table, seq, cache, key, *, target_params, warp):
         """The `nodes` likeliest nodes of a beam search through the row's table and the corpus's, likeliest first."""
         tokens, parent, score = self._search(params, state, seq)

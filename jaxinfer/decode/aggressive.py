@@ -6,7 +6,8 @@ places: until the last two, then three, do), and drafts on after that place. Gua
 greedy; sampled output of the target's law (drafts count as certain). State: the source and a pointer into it.
 
 The source comes as `draft_params` (`Source`, a row each; end it with an end token to have that drafted too) and is
-drafted from its first token on. Without one it is the row's own prompt: then drafting begins at the first match.
+drafted from its first token on. Without one, or where it is empty, it is the row's own prompt: then drafting begins at
+the first match.
 
 Departures: a step drafts up to `drafts` tokens, where the paper feeds the whole rest of the source to one pass; only
 the row's own output is matched, never its prompt. The paper's speed-ups are over beam search with 5 beams: over greedy
@@ -18,22 +19,34 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from jaxinfer.decode.drafter import DrafterBase
-from jaxinfer.decode.types import Proposal, Sequence
+from jaxinfer.decode import types
+from jaxinfer.decode.drafter import ChainDrafter, accept_counts
+from jaxinfer.decode.types import Proposal
 from jaxinfer.errors import ConfigError
 
 
 @struct.dataclass
 class Source:
-    """What each row edits: `tokens i32[B, S]`, right-padded, `length i32[B]`."""
+    """What each row edits: `tokens i32[B, S]`, right-padded, `length i32[B]` (0: the row's prompt)."""
 
     tokens: jax.Array
     length: jax.Array
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]], size: int) -> Source:
+        """Token ids of each row, none longer than `size`, which is S (host)."""
+        rows = list(rows)
+        tokens = np.zeros((len(rows), size), np.int32)
+        for at, row in zip(tokens, rows, strict=True):
+            at[: len(row)] = row
+        return cls(jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32))
 
 
 @struct.dataclass
@@ -45,16 +58,14 @@ class Following:
 
 
 @dataclasses.dataclass(frozen=True)
-class Aggressive(DrafterBase):
+class Aggressive(ChainDrafter):
     """`drafts`: the most tokens that a step drafts; `suffix`: the most output tokens that a match compares."""
 
     drafts: int = 16
     suffix: int = 3
 
     def __post_init__(self):
-        for name in ("drafts", "suffix"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 1 or more")
+        accept_counts(self, "drafts", "suffix")
 
     @property
     def width(self) -> int:
@@ -62,20 +73,29 @@ class Aggressive(DrafterBase):
         return self.drafts
 
     @property
-    def depth(self) -> int:
-        """D."""
-        return self.drafts
+    def takes_source(self) -> bool:
+        """A `Source` may come as `draft_params`."""
+        return True
 
-    def init(self, params, target_params, seq: Sequence, cache) -> Following:
+    def init(self, params, target_params, seq: types.Sequence, cache) -> Following:
         """A given source is followed from its start; the prompt from the first match."""
+        prompt = Source(seq.tokens, seq.prompt_length)
         if params is None:
-            return Following(Source(seq.tokens, seq.prompt_length), jnp.full_like(seq.length, -1))
+            return Following(prompt, jnp.full_like(seq.length, -1))
         if not isinstance(params, Source):
             raise ConfigError(f"draft_params: got {type(params).__name__}, accepts None or an aggressive.Source")
         batch = seq.length.shape[0]
         if params.tokens.shape[0] != batch or params.length.shape != (batch,):
             raise ConfigError(f"draft_params: got a Source of {params.tokens.shape[0]} rows, accepts {batch}")
-        return Following(params, jnp.zeros_like(seq.length))
+        given = params.length > 0
+        size = max(params.tokens.shape[1], seq.tokens.shape[1])
+        own, other = (jnp.pad(x, ((0, 0), (0, size - x.shape[1]))) for x in (params.tokens, prompt.tokens))
+        source = Source(jnp.where(given[:, None], own, other), jnp.where(given, params.length, prompt.length))
+        return Following(source, jnp.where(given, 0, -1))
+
+    def idle(self, params, state: Following, seq):
+        """Rows whose place in the source is not known."""
+        return state.next < 0
 
     def propose(self, params, state: Following, seq, cache, key, *, target_params, warp):
         """The source from the pointer on; nothing where the output has left it."""
@@ -94,7 +114,7 @@ class Aggressive(DrafterBase):
         return dataclasses.replace(state, next=jnp.where(n > 0, found, state.next))
 
 
-def unique_match(source: Source, seq: Sequence, longest: int) -> jax.Array:
+def unique_match(source: Source, seq: types.Sequence, longest: int) -> jax.Array:
     """The source's index i32[B] after the one place where the output's last tokens occur in it, or -1.
 
     One token is compared; where it has several places two are, and so on, up to `longest` or the whole output.

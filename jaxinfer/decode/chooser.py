@@ -8,13 +8,17 @@ drafter's (each length is a legal draft). State: the drafter's, and for each dra
 A draft's chance is its own share given its parent, drawn towards the row's mean while little is known; chances multiply
 along a path, and their sum over the first m drafts, and one, is what a step of m drafts is expected to emit. The row
 takes the size with the most tokens a second, or none where no size gains at least `gain` over none. A row without
-drafts tries its best size again after `probe` steps. Drafts must come in an order in which each prefix is worth
+drafts tries its best size again after a wait. Drafts must come in an order in which each prefix is worth
 scoring: chains do, and trees whose nodes come best first.
 
 Times are static: `LatencyCurve`s measured once (`Chooser.measured`) and kept in the Config, so that a job that goes on
 chooses as before. A row's choice depends on its own past alone, and so does its output's law. The target's forward
 runs at the smallest size that holds every row's drafts (`widths`), so a batch in which no row drafts costs a plain
 step; that is the one thing in which rows touch, and it changes their numbers by rounding alone.
+
+Where no row will draft (each is off, or its drafter has nothing to propose), the loop runs plain steps, and asks the
+drafter for nothing (`idle`): then a step costs what it costs without a chooser. A row tries again when its wait is over
+and there is something to try; the wait is `probe` steps, and longer where a try costs more than `BUDGET` of that wait.
 
 But a row that drafts then costs its neighbours the wider forward. `together` takes one size for the batch, from the
 mean of its rows' expectations: the most tokens a second for the batch, and sampled rows whose draws depend on their
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,20 +49,34 @@ from jaxinfer.measure import LatencyCurve
 
 PRIOR, WEIGHT = 0.7, 2.0  # what is believed of a draft before anything was seen, and how many sights that is worth
 ROUNDS, SECONDS, TURNS = 9, 0.02, 16  # of a measurement; what one lasts at least, or the forwards in it at most
+BUDGET = 0.02  # of plain steps' time: what tries may cost
 FORGET, FORGET_PROBE = 0.9, 0.5  # what is left of the counts after a step with drafts, and before a probe
 
 
 @struct.dataclass
 class ChooserState:
     """`inner`: the drafter's state. `reached`, `stood f32[B, N]`: counts of each draft; `parent i32[B, N]`: the last
-    proposal's; `waited i32[B]`: steps since the row last drafted; `size i32[B]`: drafts of this step at most."""
+    proposal's; `best i32[B]`: the size with the most tokens a second; `off bool[B]`: it does not pay; `waited i32[B]`:
+    steps since an off row last drafted; `alive bool[B]`: rows that had a say in that; `size i32[B]`: drafts of this
+    step at most."""
 
     inner: Any
     reached: jax.Array
     stood: jax.Array
     parent: jax.Array
+    best: jax.Array
+    off: jax.Array
     waited: jax.Array
+    alive: jax.Array
     size: jax.Array
+
+    @classmethod
+    def empty(cls, inner: Any, batch: int, drafts: int) -> ChooserState:
+        """Nothing seen, nothing chosen."""
+        none, zeros = jnp.zeros((batch, drafts), jnp.float32), jnp.zeros(batch, jnp.int32)
+        parent = jnp.broadcast_to(jnp.arange(drafts, dtype=jnp.int32), (batch, drafts))
+        no = zeros.astype(bool)
+        return cls(inner, none, none, parent, zeros, no, zeros, no, zeros)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +148,11 @@ class Chooser(DrafterBase):
         return self.drafter.step
 
     @property
+    def head(self) -> Any:
+        """The drafter's head, where it has one."""
+        return self.drafter.head
+
+    @property
     def vocab_size(self) -> int:
         """The drafter's vocabulary, where it has one."""
         return self.drafter.vocab_size
@@ -154,29 +178,43 @@ class Chooser(DrafterBase):
         return (0, *self.sizes)
 
     @property
+    def takes_source(self) -> bool:
+        """The drafter's."""
+        return self.drafter.takes_source
+
+    @property
     def verifier(self) -> Verifier | None:
         """The drafter's."""
         return self.drafter.verifier
 
     def init(self, params, target_params, seq, cache) -> ChooserState:
         """Nothing seen."""
-        batch, n = seq.tokens.shape[0], self.width
-        none, zeros = jnp.zeros((batch, n), jnp.float32), jnp.zeros(batch, jnp.int32)
-        parent = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
-        return ChooserState(self.drafter.init(params, target_params, seq, cache), none, none, parent, zeros, zeros)
+        inner = self.drafter.init(params, target_params, seq, cache)
+        return ChooserState.empty(inner, seq.tokens.shape[0], self.width)
 
     def prefill(self, params, state: ChooserState, chunk, output) -> ChooserState:
         """The drafter's."""
         return dataclasses.replace(state, inner=self.drafter.prefill(params, state.inner, chunk, output))
 
     def ready(self, params, state: ChooserState, seq, cache, *, target_params) -> ChooserState:
-        """The drafter's."""
+        """The drafter's, and the first choice."""
         inner = self.drafter.ready(params, state.inner, seq, cache, target_params=target_params)
-        return dataclasses.replace(state, inner=inner)
+        return self.choose(dataclasses.replace(state, inner=inner), ~seq.done)
+
+    def idle(self, params, state: ChooserState, seq) -> jax.Array | None:
+        """Rows that are off and wait, or whose drafter has nothing."""
+        nothing = self.drafter.idle(params, state.inner, seq)
+        if nothing is None:
+            return None
+        waits = state.off & ~self._over(state, ~seq.done)
+        if self.together:  # a row has ended: the others' mean is another
+            waits &= ~(state.alive & seq.done).any()
+        return waits | nothing
 
     def propose(self, params, state: ChooserState, seq, cache, key, *, target_params, warp):
         """The drafter's first drafts, as many as pay."""
-        state = self.choose(state, ~seq.done)
+        live = ~seq.done
+        state = self.choose(state, live) if self.together else self._sized(state, live)
         inner = self.drafter.shortened(state.inner, state.size)
         proposal, inner = self.drafter.propose(params, inner, seq, cache, key, target_params=target_params, warp=warp)
         proposal = proposal.leading(self.width)
@@ -184,29 +222,42 @@ class Chooser(DrafterBase):
         return dataclasses.replace(proposal, valid=proposal.valid & few), dataclasses.replace(state, inner=inner)
 
     def observe(self, params, state: ChooserState, seq, proposal, scored, verdict, n, cache) -> ChooserState:
-        """Count what was reached and what stood; the drafter learns too."""
+        """Count what was reached and what stood, and choose anew; the drafter learns too."""
         inner = self.drafter.observe(params, state.inner, seq, proposal, scored, verdict, n, cache)
-        return dataclasses.replace(self.count(state, proposal, verdict), inner=inner)
+        state = dataclasses.replace(state, inner=inner)
+        if proposal.tokens.shape[1] == 0:  # a plain step: it teaches nothing
+            return dataclasses.replace(state, waited=jnp.where(state.off, state.waited + 1, 0))
+        return self.choose(self.count(state, proposal, verdict), ~seq.done)
 
     def choose(self, state: ChooserState, live: jax.Array) -> ChooserState:
-        """The state with this step's size; `live bool[B]`: rows that count where one size is for all."""
+        """The state with the next step's size; `live bool[B]`: rows that count where one size is for all."""
         expected = 1 + jnp.cumsum(self.chances(state), 1)
         costs = [self.cost(m) for m in (0, *self.sizes)]
         tokens = jnp.stack([jnp.ones_like(expected[:, 0]), *(expected[:, m - 1] for m in self.sizes)], 1)
-        waited = state.waited
         if self.together:
             mean = (tokens * live[:, None]).sum(0) / jnp.maximum(live.sum(), 1)
             tokens = jnp.broadcast_to(mean, tokens.shape)
-            waited = jnp.broadcast_to(jnp.where(live, waited, self.probe).min(), waited.shape)
         rate = tokens / jnp.asarray(costs, jnp.float32) * costs[0]  # 1 without drafts
         best = jnp.argmax(rate[:, 1:], 1)
-        size = jnp.asarray(self.sizes, jnp.int32)[best]
-        pays = jnp.take_along_axis(rate[:, 1:], best[:, None], 1)[:, 0] >= self.gain
-        probes = ~pays & (waited >= self.probe - 1)
-        kept = jnp.where(probes, FORGET_PROBE, 1.0)[:, None]
-        return dataclasses.replace(
-            state, reached=state.reached * kept, stood=state.stood * kept, size=jnp.where(pays | probes, size, 0)
-        )
+        off = jnp.take_along_axis(rate[:, 1:], best[:, None], 1)[:, 0] < self.gain
+        best = jnp.asarray(self.sizes, jnp.int32)[best]
+        return self._sized(dataclasses.replace(state, best=best, off=off, alive=live), live)
+
+    def _sized(self, state: ChooserState, live: jax.Array) -> ChooserState:
+        """The state with the size that its choice and its wait come to."""
+        return dataclasses.replace(state, size=jnp.where(state.off & ~self._over(state, live), 0, state.best))
+
+    def _over(self, state: ChooserState, live: jax.Array) -> jax.Array:
+        """Rows bool[B] that have waited long enough to try again in the next step."""
+        waited = state.waited
+        if self.together:
+            waited = jnp.broadcast_to(jnp.where(live, waited, jnp.iinfo(jnp.int32).max).min(), waited.shape)
+        waits = jnp.asarray([self.wait(m) for m in self.sizes], jnp.int32)
+        return waited >= waits[jnp.searchsorted(jnp.asarray(self.sizes, jnp.int32), state.best)] - 1
+
+    def wait(self, m: int) -> int:
+        """Steps from one try of `m` drafts to the next."""
+        return max(self.probe, math.ceil((self.cost(m) / self.cost(0) - 1) / BUDGET))
 
     def cost(self, m: int) -> float:
         """Seconds of a step of `m` drafts."""
@@ -221,10 +272,13 @@ class Chooser(DrafterBase):
         mean = ((state.stood.sum(1) + WEIGHT * PRIOR) / (firsts + WEIGHT))[:, None]
         mean = jnp.clip(mean, 0.0, 1.0)
         given = (state.stood + WEIGHT * mean * (1 - mean) ** rank) / (state.reached + WEIGHT)
-        chance = jnp.zeros_like(given)
-        for _ in range(self.depth):
-            chance = given * jnp.take_along_axis(jnp.concatenate([jnp.ones_like(given[:, :1]), chance], 1), parent, 1)
-        return chance
+        # Along a path to the root, each turn twice as far: the root is its own parent, and its chance is 1.
+        chance = jnp.concatenate([jnp.ones_like(given[:, :1]), given], 1)
+        above = jnp.concatenate([jnp.zeros_like(parent[:, :1]), parent], 1)
+        for _ in range((self.depth - 1).bit_length()):
+            chance *= jnp.take_along_axis(chance, above, 1)
+            above = jnp.take_along_axis(above, above, 1)
+        return chance[:, 1:]
 
     def count(self, state: ChooserState, proposal: Proposal, verdict: Verdict) -> ChooserState:
         """The state with one step's outcome."""
@@ -232,13 +286,14 @@ class Chooser(DrafterBase):
         on_path = (verdict.path[:, :, None] == index).any(1)
         usable = proposal.valid if proposal.probe is None else proposal.valid & ~proposal.probe
         reached = usable & jnp.take_along_axis(on_path, proposal.parent, 1)
-        left = jnp.where(usable.any(1), FORGET, 1.0)[:, None]
+        drafted = usable.any(1)
+        left = jnp.where(drafted, jnp.where(state.off, FORGET * FORGET_PROBE, FORGET), 1.0)[:, None]
         return dataclasses.replace(
             state,
             reached=left * state.reached + reached,
             stood=left * state.stood + (reached & on_path[:, 1:]),
             parent=jnp.broadcast_to(proposal.parent, state.parent.shape),
-            waited=jnp.where(state.size > 0, 0, state.waited + 1),
+            waited=jnp.where(state.off & ~drafted, state.waited + 1, 0),
         )
 
 

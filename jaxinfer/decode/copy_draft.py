@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jaxinfer.decode import ngrams
 from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel, DraftState
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.drafter import ChainDrafter
 from jaxinfer.decode.types import Proposal, Step
 
 
 @dataclasses.dataclass(frozen=True)
-class CopyDraft(DrafterBase):
+class CopyDraft(ChainDrafter):
     """`step`: the draft model, whose weights come as `draft_params`. `gamma`: tokens that must match before anything is
     copied; `copies`: the most tokens copied; `drafts`: the most drafted where nothing matches."""
 
@@ -53,11 +53,6 @@ class CopyDraft(DrafterBase):
         """N."""
         return max(self.copies, self.drafts)
 
-    @property
-    def depth(self) -> int:
-        """D."""
-        return self.width
-
     def init(self, params, target_params, seq, cache) -> DraftState:
         """An empty draft cache."""
         return self._model.init(params, target_params, seq, cache)
@@ -65,6 +60,10 @@ class CopyDraft(DrafterBase):
     def prefill(self, params, state: DraftState, chunk, output) -> DraftState:
         """The draft model reads the prompt."""
         return self._model.prefill(params, state, chunk, output)
+
+    def idle(self, params, state: DraftState, seq):
+        """None: where nothing is copied the model drafts."""
+        return jnp.zeros_like(seq.done)
 
     def propose(self, params, state: DraftState, seq, cache, key, *, target_params, warp):
         """What followed the last gamma tokens before; where nothing did, the draft model's tokens."""

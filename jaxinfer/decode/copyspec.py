@@ -14,32 +14,28 @@ from __future__ import annotations
 import dataclasses
 
 from jaxinfer.decode import ngrams
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.drafter import ChainDrafter, accept_counts
 from jaxinfer.decode.types import Proposal
-from jaxinfer.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class CopySpec(DrafterBase):
+class CopySpec(ChainDrafter):
     """`gamma`: tokens that must match before anything is copied; `copies`: the most tokens copied."""
 
     gamma: int = 3
     copies: int = 10
 
     def __post_init__(self):
-        for name in ("gamma", "copies"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 1 or more")
+        accept_counts(self, "gamma", "copies")
 
     @property
     def width(self) -> int:
         """N."""
         return self.copies
 
-    @property
-    def depth(self) -> int:
-        """D."""
-        return self.copies
+    def idle(self, params, state, seq):
+        """Rows whose last gamma tokens have not occurred before."""
+        return ngrams.find(seq, self.gamma) == seq.tokens.shape[1]
 
     def propose(self, params, state, seq, cache, key, *, target_params, warp):
         """The continuation of the first earlier occurrence of the last gamma tokens."""

@@ -30,7 +30,7 @@ from jaxinfer import cache as kv
 from jaxinfer.decode import draft_chain
 from jaxinfer.decode import keys as key_streams
 from jaxinfer.decode.draft_chain import Law
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.drafter import ChainDrafter
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.prefill import commit_chunk
 from jaxinfer.decode.types import Proposal, Sequence, Step
@@ -49,7 +49,7 @@ class DraftState:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel(DrafterBase):
+class DraftModel(ChainDrafter):
     """`step`: the draft, a model of the target's vocabulary; its weights come as `draft_params`.
 
     `gamma` is the most that a step drafts and fixes the shapes; `DraftState.gamma` is data, so one compilation serves
@@ -79,11 +79,6 @@ class DraftModel(DrafterBase):
         """N."""
         return self.gamma
 
-    @property
-    def depth(self) -> int:
-        """D."""
-        return self.gamma
-
     def init(self, params, target_params, seq, cache) -> DraftState:
         """An empty draft cache of the row's capacity."""
         if params is None:
@@ -101,6 +96,10 @@ class DraftModel(DrafterBase):
     def shortened(self, state: DraftState, limit: jax.Array) -> DraftState:
         """Draft no more than `limit i32[B]` in the next step."""
         return dataclasses.replace(state, gamma=jnp.minimum(limit, self.gamma).astype(jnp.int32))
+
+    def idle(self, params, state: DraftState, seq):
+        """None; without `lazy` the cache must see every step."""
+        return jnp.zeros_like(seq.done) if self.lazy else None
 
     def propose(
         self, params, state: DraftState, seq, cache, key, *, target_params, warp
@@ -132,6 +131,8 @@ class DraftModel(DrafterBase):
 
     def observe(self, params, state: DraftState, seq, proposal, scored, verdict, n, cache) -> DraftState:
         """Commit what the target kept, so that the draft's cache is two tokens behind again."""
+        if state.blocks is None:  # a step that the draft did not see: its cache lags
+            return state
         first = (seq.length - n == 1) & (n > 0)  # a one-token prompt has no token before its root: that slot is empty
         path = jnp.arange(self.gamma + 1, dtype=jnp.int32)[None] + first[:, None]
         path = jnp.minimum(path, self.gamma)

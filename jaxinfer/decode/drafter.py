@@ -5,12 +5,20 @@ Stability: experimental.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from jaxinfer.cache import Cache
 from jaxinfer.decode.types import Proposal, Pytree, Sequence, Verifier, WarpLike
+from jaxinfer.errors import ConfigError
+
+
+def accept_counts(spec: Any, *names: str) -> None:
+    """Raise ConfigError where one of these settings of `spec` is below 1."""
+    for name in names:
+        if getattr(spec, name) < 1:
+            raise ConfigError(f"{name}: got {getattr(spec, name)}, accepts 1 or more")
 
 
 class DrafterBase:
@@ -27,6 +35,11 @@ class DrafterBase:
         """Draft counts below `width` at which the target's forward is compiled too, and run where every row's drafts
         fit: none, unless asked for, since which one runs follows the whole batch (it changes rounding alone)."""
         return ()
+
+    @property
+    def takes_source(self) -> bool:
+        """Whether `draft_params` may be an `aggressive.Source`, which the host layer makes of what rows give: no."""
+        return False
 
     @property
     def verifier(self) -> Verifier | None:
@@ -50,6 +63,11 @@ class DrafterBase:
         work; the caller drops the others."""
         return state
 
+    def idle(self, params: Any, state: Pytree, seq: Sequence) -> jax.Array | None:
+        """Rows bool[B] that will draft nothing in the next step; None: not known, so that `propose` is always asked.
+        A drafter that tells must take steps in `observe` that `propose` did not see."""
+        return None
+
     def propose(
         self, params: Any, state: Pytree, seq: Sequence, cache: Cache, key: jax.Array, *, target_params: Any,
         warp: WarpLike,
@@ -59,3 +77,18 @@ class DrafterBase:
     def observe(self, params, state, seq, proposal, scored, verdict, n, cache) -> Pytree:
         """Nothing to learn from a step."""
         return state
+
+
+class ChainDrafter(DrafterBase):
+    """A drafter whose proposals are chains: its depth is its width."""
+
+    # No property at run time: a dataclass takes an inherited one for the default of its own field of that name.
+    if TYPE_CHECKING:
+
+        @property
+        def width(self) -> int: ...
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return self.width

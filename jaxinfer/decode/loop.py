@@ -81,12 +81,7 @@ def generate(
         step, params, tokens, lengths,
         config=config, key=key, sampling=sampling, row_ids=row_ids, draft_params=draft_params,
     )  # fmt: skip
-    state = jax.lax.while_loop(
-        lambda state: ~state.seq.done.all(),
-        lambda state: advance_once(step, params, state, config=config, draft_params=draft_params),
-        state,
-    )
-    return result(state, config)
+    return result(_steps(step, params, state, None, config=config, draft_params=draft_params), config)
 
 
 def begin(
@@ -173,20 +168,57 @@ def advance(
     step: Step, params: Any, state: State, *, config: Config, steps: int | jax.Array, draft_params: Any = None
 ) -> State:
     """Up to `steps` steps, fewer once every row is done."""
+    return _steps(step, params, state, steps, config=config, draft_params=draft_params)
+
+
+def _steps(
+    step: Step, params: Any, state: State, most: int | jax.Array | None, *, config: Config, draft_params: Any
+) -> State:
+    """Steps until every row is done, `most` of them where that is given.
+
+    Where the drafter knows that no row will draft, and lets the forward shrink that far (`widths`), a step is a plain
+    one. Each kind has a loop of its own inside the loop: a branch would copy the cache, which a loop hands on.
+    """
+    drafter = config.drafter
 
     def live(carry):
-        return (carry[0] < steps) & ~carry[1].seq.done.all()
+        going = ~carry[1].seq.done.all()
+        return going if most is None else going & (carry[0] < most)
 
-    def body(carry):
+    def idle(carry):
+        rows = drafter.idle(draft_params, carry[1].drafter, carry[1].seq)
+        return None if rows is None else (rows | carry[1].seq.done).all()
+
+    def drafted(carry):
         return carry[0] + 1, advance_once(step, params, carry[1], config=config, draft_params=draft_params)
 
-    return jax.lax.while_loop(live, body, (jnp.int32(0), state))[1]
+    def plain(carry):
+        return carry[0] + 1, _plain_once(step, params, carry[1], config=config, draft_params=draft_params)
+
+    carry = (jnp.int32(0), state)
+    if 0 not in drafter.widths or idle(carry) is None:
+        return jax.lax.while_loop(live, drafted, carry)[1]
+
+    def both(carry):
+        carry = jax.lax.while_loop(lambda carry: live(carry) & idle(carry), plain, carry)
+        return jax.lax.while_loop(lambda carry: live(carry) & ~idle(carry), drafted, carry)
+
+    return jax.lax.while_loop(live, both, carry)[1]
 
 
 def advance_once(step: Step, params: Any, state: State, *, config: Config, draft_params: Any = None) -> State:
     """One step: at most `drafter.depth + 1` tokens for every row that is not done."""
     proposal, state = propose(params, state, config=config, draft_params=draft_params)
     scored, blocks, verdict = _judge(step, params, state, proposal, config)
+    return settle(state, proposal, scored, blocks, verdict, config=config, draft_params=draft_params)
+
+
+def _plain_once(step: Step, params: Any, state: State, *, config: Config, draft_params: Any) -> State:
+    """One step without drafts, which the drafter is not asked for: `observe` is given a proposal of none."""
+    none = jnp.zeros((state.seq.length.shape[0], 0), jnp.int32)
+    proposal = Proposal.of_chain(none, none.astype(bool))
+    scored, blocks = score(step, params, state, proposal, config=config)
+    verdict = verify(state, proposal, scored, config=config)
     return settle(state, proposal, scored, blocks, verdict, config=config, draft_params=draft_params)
 
 
@@ -395,7 +427,7 @@ def within_limit(proposal: Proposal, seq: Sequence) -> Proposal:
 def _count(stats: Stats, seq: Sequence, proposal: Proposal, slots: Slots, accepted: jax.Array, n: jax.Array) -> Stats:
     depths = stats.proposed_by_depth.shape[1]
     stats = dataclasses.replace(stats, forwards=stats.forwards + ~seq.done, emitted=stats.emitted + n)
-    if depths == 0:
+    if depths == 0 or proposal.tokens.shape[1] == 0:
         return stats
     depth = jnp.arange(1, depths + 1, dtype=jnp.int32)
     usable = proposal.valid if proposal.probe is None else proposal.valid & ~proposal.probe

@@ -35,7 +35,7 @@ from jaxinfer import cache as kv
 from jaxinfer.decode import draft_chain
 from jaxinfer.decode import keys as key_streams
 from jaxinfer.decode.draft_chain import Drafts, Law
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.drafter import ChainDrafter
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.prefill import commit_chunk
 from jaxinfer.decode.types import Proposal, Step
@@ -55,7 +55,7 @@ class PearlState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pearl(DrafterBase):
+class Pearl(ChainDrafter):
     """`step`: the draft model, whose weights come as `draft_params`; `gamma`: drafts a step."""
 
     step: Step
@@ -73,11 +73,6 @@ class Pearl(DrafterBase):
     @property
     def width(self) -> int:
         """N: what the target reads; the guess ahead is one more."""
-        return self.gamma - 1
-
-    @property
-    def depth(self) -> int:
-        """D."""
         return self.gamma - 1
 
     def init(self, params, target_params, seq, cache) -> PearlState:

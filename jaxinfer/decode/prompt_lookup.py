@@ -14,32 +14,28 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxinfer.decode import ngrams
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.drafter import ChainDrafter, accept_counts
 from jaxinfer.decode.types import Proposal
-from jaxinfer.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptLookup(DrafterBase):
+class PromptLookup(ChainDrafter):
     """`ngram`: the longest n-gram looked up; `drafts`: the most tokens proposed."""
 
     ngram: int = 3
     drafts: int = 10
 
     def __post_init__(self):
-        for name in ("ngram", "drafts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 1 or more")
+        accept_counts(self, "ngram", "drafts")
 
     @property
     def width(self) -> int:
         """N."""
         return self.drafts
 
-    @property
-    def depth(self) -> int:
-        """D."""
-        return self.drafts
+    def idle(self, params, state, seq):
+        """Rows whose last token has not occurred before."""
+        return ngrams.find(seq, 1) == seq.tokens.shape[1]
 
     def propose(self, params, state, seq, cache, key, *, target_params, warp):
         """The continuation of the longest n-gram that occurred before; nothing where none did."""

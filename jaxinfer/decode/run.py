@@ -19,6 +19,7 @@ from jaxinfer import quant
 from jaxinfer.batch.answers import Sample, TopTokens
 from jaxinfer.batch.requests import Codec, Prepared
 from jaxinfer.decode import loop
+from jaxinfer.decode.aggressive import Source
 from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.constrained import Constrained
@@ -147,6 +148,9 @@ class Run:
         for i, row in enumerate(rows):
             tokens[i, : len(row.tokens)], lengths[i] = row.tokens, len(row.tokens)
         sampling = _sampling(rows, batch)
+        if any(row.source for row in rows) and getattr(drafter, "takes_source", False):
+            sources = [*(row.source for row in rows), *[()] * (batch - len(rows))]
+            draft_params = self.draft_params = Source.of(sources, bucket(max(map(len, sources)), PROMPT_BUCKET))
         ask = rows[0].request.params
         self.n = ask.n
         self.config = Config(

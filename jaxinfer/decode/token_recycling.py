@@ -93,6 +93,10 @@ class TokenRecycling(DrafterBase):
         empty = jnp.full((seq.length.shape[0], seq.vocab_size, CANDIDATES), -1, jnp.int32)
         return followers(empty, seq) if self.prompt else empty
 
+    def idle(self, params, state: jax.Array, seq):
+        """Rows whose last token the target has never scored."""
+        return jax.vmap(lambda matrix, token: matrix[token, 0] < 0)(state, seq.root)
+
     def propose(self, params, state: jax.Array, seq, cache, key, *, target_params, warp):
         """The template with each node's token read from its parent's row of the matrix."""
         tree = template(self.nodes)
