@@ -115,6 +115,15 @@ METHODS: tuple[Method, ...] = (
         cli="--drafter jacobi",
     ),
     Method(
+        name="ppd",
+        family="drafter",
+        title="prompt tokens below the nodes of a tree guess what follows them, in the same forward",
+        guarantee="exact in distribution",
+        entry="jaxinfer.decode.ppd:PPD",
+        paper=Paper("Chen et al.", 2024, "2405.18628"),
+        cli="--drafter ppd",
+    ),
+    Method(
         name="copyspec-draft",
         family="drafter",
         title="copies where the last tokens occurred before; a small model drafts elsewhere",

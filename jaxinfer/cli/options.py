@@ -91,6 +91,7 @@ DRAFTERS = Registry(
         "triforce": "jaxinfer.decode.triforce:TriForce",
         "lud": "jaxinfer.decode.lud:LUD",
         "medusa": "jaxinfer.decode.medusa:Medusa",
+        "ppd": "jaxinfer.decode.ppd:PPD",
     },
 )
 # Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.

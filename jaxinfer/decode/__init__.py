@@ -21,6 +21,7 @@ from jaxinfer.decode.jacobi import Jacobi
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
 from jaxinfer.decode.lud import LUD, Decided
 from jaxinfer.decode.pearl import Pearl
+from jaxinfer.decode.ppd import PPD
 from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.stream import Update, stream
@@ -55,6 +56,7 @@ __all__ = [
     "Jacobi",
     "LUD",
     "NGrams",
+    "PPD",
     "Pearl",
     "PromptLookup",
     "Proposal",

@@ -51,6 +51,7 @@ STREAM_SECONDS = 0.1  # aimed at between two pieces of a stream
 # Kind of head to its drafter, imported when a head of that kind is loaded.
 DRAFTERS: Mapping[str, str] = {
     "medusa": "jaxinfer.decode.medusa:Medusa",
+    "ppd": "jaxinfer.decode.ppd:PPD",
 }
 
 

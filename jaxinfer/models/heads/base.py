@@ -21,6 +21,7 @@ from jaxinfer.errors import ConfigError, InputError
 # Kind to the class, imported when it is asked for. The drafter of a kind has the kind's name in --drafter.
 HEADS: Mapping[str, str] = {
     "medusa": "jaxinfer.models.heads.medusa:MedusaHead",
+    "ppd": "jaxinfer.models.heads.ppd:PPDHead",
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxinfer import cache as kv
 from jaxinfer.models.heads.base import Head, check_count
 
 
@@ -50,27 +51,28 @@ class PPDHead(Head):
     def guesses(
         self, params: Any, step: Any, target_params: Any, batch: Mapping[str, jax.Array], points: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What the prompt tokens say after the tokens at `points i32[B, I]` of a batch of text, in one forward.
+        """What the prompt tokens say after the tokens at `points i32[B, I]` of a batch of text, in one pass.
 
         `batch`: `ids`, `positions`, `segments i32[B, T]`, as `train.data.pack` makes them. Returns the guesses' logits
         f32[B, I, prompts, V], and the target's hidden states f[B, T, D] of the text, which no prompt token changes.
         """
         ids, positions, segments = batch["ids"], batch["positions"], batch["segments"]
         (rows, length), count = ids.shape, points.shape[1]
-        text = step.embed(target_params, ids)
-        own = params["prompts"].astype(text.dtype)
         shape = (rows, count, self.prompts, self.copies)
+        own = params["prompts"].astype(step.embed(target_params, ids[:1, :1]).dtype)
         own = jnp.broadcast_to(own, (*shape[:2], *own.shape)).reshape(rows, -1, own.shape[-1])
         ahead = jnp.broadcast_to(jnp.arange(1, self.prompts + 1, dtype=jnp.int32)[:, None], shape)
         at = jnp.take_along_axis(positions, points, 1)[:, :, None, None] + ahead
-        inputs = jnp.concatenate([text, own], 1)
-        places = jnp.concatenate([positions, at.reshape(rows, -1)], 1)
-        output, _ = step(target_params, inputs, places, mask=self._mask(segments, points))
-        hidden = output.hidden[:, length:].reshape(*shape, -1)
-        return step.head(target_params, hidden).mean(3), output.hidden[:, :length]
+        of_text, of_prompts = self._masks(segments, points)
+        # Text and prompt slots in one Block, but two calls: nothing is differentiated through the text.
+        cache = step.new_cache(rows, 1)
+        blocks = kv.new_blocks(cache, length + own.shape[1])
+        text, blocks = step(target_params, ids, positions, cache, blocks, 0, of_text)
+        output, _ = step(target_params, own, at.reshape(rows, -1), cache, blocks, length, of_prompts)
+        return step.head(target_params, output.hidden.reshape(*shape, -1)).mean(3), text.hidden
 
-    def _mask(self, segments: jax.Array, points: jax.Array) -> jax.Array:
-        """Who sees whom, bool[B, R, R] over the text and then the prompt slots, point by point."""
+    def _masks(self, segments: jax.Array, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Whom text bool[B, T, T + P] and prompt slots bool[B, P, T + P], point by point, see of both."""
         rows, length = segments.shape
         index = jnp.arange(length)
         causal = (index[:, None] >= index)[None] & (segments[:, :, None] == segments[:, None, :])
@@ -82,4 +84,4 @@ class PPDHead(Head):
         among = (point[:, None] == point) & (copy[:, None] == copy) & (order[:, None] >= order)
         among = jnp.broadcast_to(among, (rows, *among.shape))
         nothing = jnp.zeros((rows, length, among.shape[1]), bool)
-        return jnp.concatenate([jnp.concatenate([causal, nothing], 2), jnp.concatenate([before, among], 2)], 1)
+        return jnp.concatenate([causal, nothing], 2), jnp.concatenate([before, among], 2)
