@@ -93,10 +93,20 @@ def _end(text: str, code: int) -> None:
     raise typer.Exit(code) from None
 
 
-def load_target(name: str) -> LanguageModel:
-    """The model that a command trains from or for, with float32 weights."""
-    import jaxinfer
+def check_writable(folder: Path) -> None:
+    """Raise before hours of work where the result could not be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_bytes(b"")
+    probe.unlink()
 
+
+def load_target(name: str) -> LanguageModel:
+    """The model that a command trains from or for, with float32 weights. Compiled programs are kept from here on."""
+    import jaxinfer
+    from jaxinfer.cli import compiled
+
+    compiled.use_cache()
     return jaxinfer.load(name, dtype="float32")
 
 
