@@ -8,6 +8,7 @@ Stability: experimental.
 import typer
 
 from jaxinfer.cli import codes, training
+from jaxinfer.cli.train_adapter import adapter
 from jaxinfer.cli.train_draft import draft
 from jaxinfer.cli.train_heads import heads
 from jaxinfer.cli.train_lm import lm
@@ -19,7 +20,7 @@ A run that is killed goes on from its last checkpoint when the same command is g
 
 train = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, epilog=codes.HELP)
 
-COMMANDS = {"lm": lm, "draft": draft, "heads": heads}
+COMMANDS = {"lm": lm, "adapter": adapter, "draft": draft, "heads": heads}
 
 for name, command in COMMANDS.items():
     train.command(name, epilog=codes.HELP)(training.guarded(command))

@@ -19,7 +19,7 @@ from jaxinfer.quant.serialize import flatten, unflatten
 from jaxinfer.quant.soka import Soka, SokaArray
 from jaxinfer.quant.ternary import Ternary
 from jaxinfer.quant.transposed import Transposed, TransposedArray
-from jaxinfer.quant.tree import leaves, map_axes, map_leaves, near, stored
+from jaxinfer.quant.tree import build, leaves, map_axes, map_leaves, near, stored
 from jaxinfer.quant.trit_planes import SumArray, TritPlanes
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "apply",
     "attach",
     "bits_per_weight",
+    "build",
     "detach",
     "flatten",
     "is_adapter",

@@ -94,9 +94,9 @@ class Hydra:
         one, two = jax.random.split(key)
         a = jax.random.normal(one, (*lead, rows, self.rank), self.dtype) * rows**-0.5
         c = jax.random.normal(two, (*lead, columns, self.rank), self.dtype) * columns**-0.5
-        zeros = jnp.zeros((*lead, self.rank, columns), self.dtype)
+        b, d = (jnp.zeros((*lead, self.rank, columns), self.dtype) for _ in range(2))  # never one buffer for two
         scale = 1.0 if self.alpha is None else float(self.alpha) / self.rank
-        return HydraArray(weight, a, zeros, c, zeros, scale)
+        return HydraArray(weight, a, b, c, d, scale)
 
 
 def _materialize(w: HydraArray) -> jax.Array:

@@ -25,7 +25,6 @@ from flax import struct
 from jaxinfer import ops
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.quant.adapter import adapt, added, check_alpha, check_fits, check_rank, frozen
-from jaxinfer.quant.tree import input_axis as input_axis
 from jaxinfer.quant.tree import map_axes
 
 
