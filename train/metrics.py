@@ -1,4 +1,4 @@
-"""What a training run writes down: one JSON object a logged step, a progress line, and the curve as PNG.
+"""What a training run writes down: one JSON object a logged step, a progress bar, and the curve as PNG.
 
 Stability: experimental.
 """
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxinfer.errors import CheckpointError
 
@@ -28,7 +29,7 @@ class Metrics:
 
     def __init__(self, path: str | Path, *, first_step: int, last_step: int):
         self.path, self.first_step, self.last_step = Path(path), first_step, last_step
-        self._tty = sys.stderr.isatty()
+        self._bar: Any = None
 
     def __enter__(self) -> "Metrics":
         kept = [row for row in read(self.path) if row["step"] <= self.first_step] if self.path.exists() else []
@@ -38,13 +39,17 @@ class Metrics:
         self._file = self.path.open("w")
         for row in kept:
             self._write(row)
-        self._began, self._last = time.monotonic(), self.first_step
+        self._last = self.first_step
+        if sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=self.last_step, completed=self.first_step, words="")
+            self._bar.start()
         return self
 
     def __exit__(self, *exc) -> None:
         self._file.close()
-        if self._tty:
-            print(file=sys.stderr)
+        if self._bar is not None:
+            self._bar.stop()
 
     def step(self, step: int, values: Mapping[str, float], *, tokens: int, seconds: float, data_wait: float) -> None:
         """One row: the values of the last update, and tokens and seconds since the row before."""
@@ -63,11 +68,9 @@ class Metrics:
         }
         self._write(row)
         self._last = step
-        if self._tty:
-            done = step - self.first_step
-            left = (time.monotonic() - self._began) / done * (self.last_step - step)
-            line = f"step {step}/{self.last_step}  loss {values['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s"
-            print(f"\r{line}  {left / 60:.1f} min left ", end="", file=sys.stderr, flush=True)
+        if self._bar is not None:
+            words = f"loss {values['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+            self._bar.update(self._task, completed=step, words=words)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """One row `{"step", "evaluation": {...}}`."""
@@ -76,6 +79,15 @@ class Metrics:
     def _write(self, row: Mapping) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+
+def _bar() -> Any:
+    """Updates, loss and the time that is left, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def draw_curve(metrics: str | Path, png: str | Path, *, name: str = "loss") -> bool:
