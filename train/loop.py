@@ -194,12 +194,12 @@ class Checkpoints:
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state at `step` (default: the newest) with the shapes, dtypes and shardings of `like`.
 
-        Raises `CheckpointError` where there is none, `ConfigError` where another recipe wrote it.
+        Raises `CheckpointError` where there is none or it is damaged, `ConfigError` where another recipe wrote it.
         """
         step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"no checkpoint below {self.folder}")
-        saved = self._manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))["recipe"]
+        saved = self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
         differing = sorted(k for k in {*saved, *self.identity} if saved.get(k) != self.identity.get(k))
         if differing:
             told = ", ".join(f"{k}: saved {saved.get(k)!r}, now {self.identity.get(k)!r}" for k in differing)
@@ -207,8 +207,18 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
+        return self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # cut short, or of other shapes: Orbax has no error of its own for either
+            others = [str(s) for s in self._manager.all_steps() if s != step]
+            left = f"; remove its folder to go on from the one of step {others[-1]}" if others else ""
+            reason = str(error).strip().partition("\n")[0][:300]
+            raise CheckpointError(
+                f"the checkpoint of step {step} below {self.folder} is damaged: {reason}{left}"
+            ) from error
 
     def close(self) -> None:
         """Waits for writes to end and releases Orbax's threads."""
