@@ -14,4 +14,13 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.train.trilm:TernaryNextToken",
         paper=Paper("Kaushal et al.", 2024, "2407.12327"),
     ),
+    Method(
+        name="fastdraft",
+        family="training",
+        title="a draft model in three stages: text, code, alignment with what the target writes",
+        guarantee="a different model",
+        entry="jaxinfer.train.draft:train_draft",
+        paper=Paper("Zafrir et al.", 2024, "2411.11055"),
+        cli="train draft",
+    ),
 )
