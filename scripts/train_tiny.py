@@ -14,7 +14,8 @@ it would loop. The shipped target is what came of
 
 Cost and result: scripts/results/train_tiny-*.json and the model cards in jaxinfer/assets hold what was measured. An
 update sees 4,096 tokens and takes one core of 2024 about 4 seconds for the target and 0.8 for the draft; to train both
-at once, give each `--threads 1`. Expect 1.17 bits per byte of held-out text or less for the target, 1.10 after the commands below.
+at once, give each `--threads 1`. Expect 1.17 bits per byte of held-out text for the target, 1.10 after the commands
+above.
 
 Started again, the same command goes on from its last checkpoint, also with another `--steps` as long as the learning
 rate has not begun to fall (the last `--decay` of the steps). SIGTERM saves and exits with 75. At the end, or with
