@@ -1,52 +1,101 @@
 """Every drafter on four task sets, beside plain decoding and transformers' own speculation, in one interleaved run.
 
-    python scripts/bench_decoding.py                       # tinycode and its 100M widening; about 40 minutes on 2 cores
+    python scripts/bench_decoding.py                       # tinycode and its 100M widening; about 25 minutes on 2 cores
+    python scripts/bench_decoding.py --resume              # goes on where a run of these weights stopped
     python scripts/bench_decoding.py --models tiny --methods copyspec,draft:gamma=3 --batches 1 --tasks edit
+    python scripts/bench_decoding.py --methods auto,auto:drafter=copyspec --rounds 9 --models tiny --no-peers
 
-The target is tinycode with tinycode-draft as its draft model, and the same target widened to 100M parameters (MLP units
-whose down-projection rows are zero: the same function, so the same acceptance, at a real ratio of costs). Speed-up is
-over our own jitted greedy or sampled decoding with a cache, prefill included. Predicted: from the times of a forward
-over one token, of a forward over the method's slots, and of its proposal, measured apart. Greedy answers are compared
-with the plain ones. The peers decode one prompt at a time and run at batch 1 only.
+The target is tinycode with tinycode-draft as its draft model and its packaged heads, and the same target widened to
+100M parameters (MLP units whose down-projection rows are zero: the same function, so the same acceptance, at a real
+ratio of costs). Speed-up is over our own jitted greedy or sampled decoding with a cache, prefill included. Predicted:
+from the times of a forward over one token, of a forward over the method's slots, and of its proposal, measured apart.
+Greedy answers are compared with the plain ones. The peers decode one prompt at a time and run at batch 1 only. The task
+`json` is decoded under a schema, a step at a time with the host's masks; its answers are validated.
 
-Writes scripts/results/bench_decoding-<device>.json and a PNG of the table beside it. The peers need the `peers` extra,
-the picture needs `plot`.
+What is slower than plain by a quarter or more is timed once: how much slower is of no interest. The wide model runs
+the methods that may pay there, and of the sampled and the larger batches a part; --full runs all.
+
+Rows are written to scripts/results/bench_decoding-<device>.json as they come, and a PNG of the table beside it at the
+end. The peers need the `peers` extra, the picture needs `plot`, json needs `grammar` and jsonschema.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_decode import widen
-from decoding_bench import figure, ours, peers
+from decoding_bench import figure, ours, peers, schema
 from decoding_bench.tasks import tasks
 
 import jaxinfer
 from jaxinfer import measure
+from jaxinfer.checkpoint import hub
+from jaxinfer.cli.identity import digest
 from jaxinfer.cli.options import DRAFTERS
 from jaxinfer.cli.side_by_side import split
-from jaxinfer.models.hf import save_directory
+from jaxinfer.errors import JaxinferError
+from jaxinfer.measure import Timing
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = (
     "model", "task", "temperature", "batch", "method", "tokens_per_forward", "forwards_per_100", "draft_cost",
-    "predicted", "speedup", "equal",
+    "predicted", "speedup", "equal", "valid",
 )  # fmt: skip
-WIDE = 100_000_000
+WIDE, WIDTH = 100_000_000, 224
+SLOW = 1.25  # times plain's seconds, from which on a method is timed once
 KEY = ("model", "task", "temperature", "batch", "method")
+# Methods that one device cannot gain by (they want a second one), or that decode another law: of the tiny model alone.
+TINY_ONLY = ("jacobi", "bild", "pearl", "triforce", "lud")
+WITH_SCHEMA = ("plain", "draft", "copyspec", "token-recycling")
 
 
 def main() -> None:
+    options = _options()
+    methods = split(options.methods)
+    methods = ["plain", *(method for method in methods if method != "plain")]
+    weights = digest(hub.resolve("tinycode"))
+    results = measure.Results("bench_decoding", options.results, settings=vars(options))
+    earlier = json.loads(results.path.read_text())["rows"] if results.path.exists() else []
+    done = {key_of(row) for row in earlier if row.get("weights") == weights} if options.resume else set()
+    rows: dict[tuple, dict[str, Any]] = {key_of(row): row for row in earlier}
+    begun = time.perf_counter()
+    for subject, task, setting in cells(options):
+        chosen = [m for m in methods if options.full or subject.name == "tiny" or m.partition(":")[0] not in TINY_ONLY]
+        if task == "json":
+            chosen = [m for m in chosen if m.partition(":")[0] in WITH_SCHEMA]
+        head = {"model": subject.name, "task": task, "temperature": setting.temperature, "batch": setting.batch}
+        if all(key_of(head | {"method": method}) in done for method in chosen):
+            continue
+        cell = measure_schema if task == "json" else measure_cell
+        for row in cell(subject, chosen, setting, options):
+            row = head | row | {"weights": weights}
+            rows[key_of(row)] = row
+            print(measure.text_table([row], COLUMNS).splitlines()[-1], file=sys.stderr)
+        print(f"{time.perf_counter() - begun:.0f} s so far", file=sys.stderr)
+        results.rows = list(rows.values())
+        results.save()
+    print(measure.text_table(rows.values(), COLUMNS))
+    print(f"written: {results.path}")
+    if importlib.util.find_spec("matplotlib"):
+        print(f"written: {figure.draw(rows.values(), results.path.with_suffix('.png'))}")
+    else:
+        print("no picture: matplotlib is not installed (the plot extra)")
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="tiny,wide", help="which of tiny and wide to run")
-    parser.add_argument("--methods", default=",".join(name for name in DRAFTERS.entries), help="as --drafter has them")
+    parser.add_argument("--methods", default=",".join(DRAFTERS.entries), help="as --drafter has them")
     parser.add_argument("--tasks", default="free,edit,repetitive,json", help="task sets")
     parser.add_argument("--batches", default="1,8", help="batch sizes")
     parser.add_argument("--temperatures", default="0,0.8", help="0 is greedy")
@@ -54,88 +103,118 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; medians count")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
+    parser.add_argument("--full", action="store_true", help="every method and cell on the wide model too")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that a run of these weights has measured")
     parser.add_argument("--results", default=str(ROOT / "scripts/results"), help="folder of the results file")
-    options = parser.parse_args()
-    methods = split(options.methods)
-    methods = ["plain", *(method for method in methods if method != "plain")]
-    results = measure.Results("bench_decoding", options.results, settings=vars(options))
-    rows = []
-    for subject in subjects(options.models.split(",")):
-        for cell in cells(subject, options):
-            for row in measure_cell(subject, methods, *cell, options):
-                rows.append(row)
-                print(measure.text_table([row], COLUMNS).splitlines()[-1], file=sys.stderr)
-    for row in kept(results.path, rows) + rows:
-        results.add(**row)
-    path = results.save()
-    print(measure.text_table(rows, COLUMNS))
-    print(f"written: {path}")
-    if importlib.util.find_spec("matplotlib"):
-        print(f"written: {figure.draw(results.rows, path.with_suffix('.png'))}")
-    else:
-        print("no picture: matplotlib is not installed (the plot extra)")
+    return parser.parse_args()
 
 
-def subjects(names: list[str]) -> list[ours.Subject]:
-    """The packaged pair, and the same with the target widened."""
+def key_of(row: Mapping[str, Any]) -> tuple:
+    """What tells a row from all others."""
+    return tuple(row[key] for key in KEY)
+
+
+def cells(options: argparse.Namespace) -> Iterator[tuple[ours.Subject, str, ours.Setting]]:
+    """(subject, task, setting) for every combination that was asked for."""
     lm, draft = jaxinfer.load("tinycode", dtype="float32"), jaxinfer.load("tinycode-draft", dtype="float32")
-    made = {"tiny": lambda: (lm.step, lm.params), "wide": lambda: widen(lm.step, lm.params, WIDE)}
-    return [ours.Subject(name, *made[name](), draft.step, draft.params) for name in names]
+    sets = tasks(lm.tokenizer.encode, count=options.prompts, length=WIDTH, answer=options.tokens)
+    wanted = options.tasks.split(",")
+    prompts = {name: task.prompts for name, task in sets.items() if name in wanted}
+    if "json" in wanted:
+        prompts["json"] = schema.prompts(options.prompts)
+    for name in options.models.split(","):
+        step, params = (lm.step, lm.params) if name == "tiny" else widen(lm.step, lm.params, WIDE)
+        subject = ours.Subject(name, step, params, draft.step, draft.params)
+        for batch in map(int, options.batches.split(",")):
+            for temperature in map(float, options.temperatures.split(",")):
+                for task in wanted:
+                    if name == "wide" and not options.full and not _on_the_wide(task, batch, temperature):
+                        continue
+                    tokens = schema.TOKENS if task == "json" else options.tokens
+                    given = prompts[task][: 4 if name == "wide" and batch == 1 else None]
+                    yield subject, task, ours.Setting(given, WIDTH, batch, tokens, temperature)
 
 
-def cells(subject: ours.Subject, options: argparse.Namespace) -> list[tuple[str, ours.Setting]]:
-    """(task, setting) for every combination that was asked for."""
-    encode = jaxinfer.load("tinycode", dtype="float32").tokenizer.encode
-    width = 224
-    sets = tasks(encode, count=options.prompts, length=width, answer=options.tokens)
-    return [
-        (task, ours.Setting(sets[task].prompts, width, int(batch), options.tokens, float(temperature)))
-        for batch in options.batches.split(",")
-        for temperature in options.temperatures.split(",")
-        for task in options.tasks.split(",")
-    ]
+def _on_the_wide(task: str, batch: int, temperature: float) -> bool:
+    """Greedy at batch 1 in full; one task sampled, and two in a batch: acceptance is the tiny model's."""
+    if temperature == 0:
+        return batch == 1 or task in ("free", "edit")
+    return batch == 1 and task == "free"
 
 
 def measure_cell(
-    subject: ours.Subject, methods: list[str], task: str, setting: ours.Setting, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+    subject: ours.Subject, methods: list[str], setting: ours.Setting, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Every method and peer on one task set, in turns."""
-    runs: dict[str, Any] = {method: ours.runner(subject, method, setting) for method in methods}
-    with tempfile.TemporaryDirectory() as folder:
-        others = {} if options.no_peers or setting.batch > 1 else peers_of(subject, setting, Path(folder))
-    timings = measure.interleaved(runs | {name: peer.run for name, peer in others.items()}, rounds=options.rounds)
-    answers = {method: runs[method]() for method in methods}
-    head = {"model": subject.name, "task": task, "temperature": setting.temperature, "batch": setting.batch}
-    rows = []
+    runs: dict[str, Any] = {}
     for method in methods:
-        found = ours.statistics(answers[method], answers["plain"])
-        cost = ours.costs(subject, method, setting, rounds=options.rounds)
-        rows.append(
-            head
-            | {"method": method, "speedup": measure.speedup(timings["plain"], timings[method]).median}
-            | found
-            | ours.predicted(found["tokens_per_forward"], cost)
-            | {"tokens_per_second": found["tokens"] / timings[method].median, "seconds": timings[method].row()}
-        )
-    plain = np.concatenate([result.tokens for result in answers["plain"]])
-    for name, peer in others.items():
-        peer.forwards = 0
-        tokens = peer.run()
-        count = sum(map(len, tokens))
-        rows.append(
-            head
-            | {
-                "method": name,
-                "speedup": measure.speedup(timings["plain"], timings[name]).median,
-                "tokens": count,
-                "tokens_per_forward": count / peer.forwards,
-                "forwards_per_100": 100 * peer.forwards / count,
-                "equal": sum(list(row) == ids for row, ids in zip(plain.tolist(), tokens, strict=True)),
-                "tokens_per_second": count / timings[name].median,
-                "seconds": timings[name].row(),
-            }
-        )
-    return rows
+        try:
+            ours.config_of(subject, method, setting)
+            runs[method] = ours.Runner(subject, method, setting)
+        except JaxinferError as error:
+            print(f"{method}: left out: {error}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = not (options.no_peers or setting.batch > 1 or (subject.name == "wide" and setting.temperature > 0))
+        others = peers_of(subject, setting, Path(folder)) if asked else {}
+    timings = timed(runs | {name: peer.run for name, peer in others.items()}, options.rounds)
+    plain = runs["plain"].answers
+    for method, timing in timings.items():
+        row = {"method": method, "speedup": speedup(timings["plain"], timing), "seconds": timing.row()}
+        if method in runs:
+            found = ours.statistics(runs[method].answers, plain)
+            cost = ours.costs(subject, method, setting, rounds=options.rounds)
+            yield row | found | ours.predicted(found["tokens_per_forward"], cost)
+        else:
+            yield row | _of_peer(others[method], np.concatenate([result.tokens for result in plain]))
+
+
+def _of_peer(peer: peers.Peer, plain: np.ndarray) -> dict[str, Any]:
+    peer.forwards = 0
+    tokens = peer.run()
+    count = sum(map(len, tokens))
+    return {
+        "tokens": count,
+        "tokens_per_forward": count / peer.forwards,
+        "forwards_per_100": 100 * peer.forwards / count,
+        "equal": sum(list(row) == ids for row, ids in zip(plain.tolist(), tokens, strict=True)),
+    }
+
+
+def measure_schema(
+    subject: ours.Subject, methods: list[str], setting: ours.Setting, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The methods under the schema, in turns; speed-ups are over plain decoding under it."""
+    runs = {method: schema.Runner(subject, method, setting) for method in methods}
+    free = schema.Runner(subject, None, dataclasses.replace(setting, tokens=64))
+    timings = timed({schema.UNCONSTRAINED: free, **runs}, options.rounds)
+    pace = {name: timing.median for name, timing in timings.items()}
+    for name, runner in {**runs, schema.UNCONSTRAINED: free}.items():
+        found = schema.statistics(runner, runs["plain"] if name in runs else free)
+        found["tokens_per_second"] = found["tokens"] / pace[name]
+        free_pace = sum(c.stats.emitted for c in free.answers) / pace[schema.UNCONSTRAINED]
+        found["beside_unconstrained"] = found["tokens_per_second"] / free_pace
+        row = {"method": name, "seconds": timings[name].row()}
+        yield row | found | ({"speedup": speedup(timings["plain"], timings[name])} if name in runs else {})
+
+
+def timed(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+    """Each callable once to compile and once in turns; those that are not slow go on for the other rounds."""
+    first = measure.interleaved(runs, rounds=1, warmup=1)
+    limit = SLOW * first["plain"].median
+    going = {name: call for name, call in runs.items() if first[name].median <= limit}
+    if rounds < 2:
+        return first
+    more = measure.interleaved(going, rounds=rounds - 1, warmup=1)
+    return {
+        name: dataclasses.replace(timing, seconds=timing.seconds + more[name].seconds) if name in more else timing
+        for name, timing in first.items()
+    }
+
+
+def speedup(plain: Timing, other: Timing) -> float:
+    """Round by round, in the rounds that both ran."""
+    rounds = len(other.seconds)
+    return measure.speedup(dataclasses.replace(plain, seconds=plain.seconds[:rounds]), other).median
 
 
 def peers_of(subject: ours.Subject, setting: ours.Setting, folder: Path) -> dict[str, peers.Peer]:
@@ -143,17 +222,11 @@ def peers_of(subject: ours.Subject, setting: ours.Setting, folder: Path) -> dict
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         print("transformers is not installed: no peers", file=sys.stderr)
         return {}
+    from jaxinfer.models.hf import save_directory
+
     save_directory(subject.step.config, subject.params, folder / "target", dtype="float32")
     save_directory(subject.draft_step.config, subject.draft_params, folder / "draft", dtype="float32")
     return peers.peers(folder / "target", folder / "draft", setting)
-
-
-def kept(path: Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of an earlier run that this one did not measure."""
-    if not path.exists():
-        return []
-    measured = {tuple(row[key] for key in KEY) for row in new}
-    return [row for row in json.loads(path.read_text())["rows"] if tuple(row[key] for key in KEY) not in measured]
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Settings:
             top_logprobs=survey.top_logprobs if "logprobs" in used else None,
             features=tuple(name for name, on in features.items() if on),
             grammars=bool(used & set(CONSTRAINTS)),
-            source=-(-survey.source // 64) * 64,
+            source=-(-survey.source // 64) * 64 or (max_length if "source" in used else 0),  # 0: nothing counted them
         )
 
     def to_json(self) -> dict[str, Any]:

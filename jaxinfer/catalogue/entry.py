@@ -26,8 +26,8 @@ class Paper:
 class Method:
     """One method. `paper` is None for what is common knowledge.
 
-    `entry` is "module:attribute"; `cli` what a batch user types, if anything; `effect` the key of the method's row in
-    the results of its family's benchmark.
+    `entry` is "module:attribute"; `cli` what a batch user types, if anything; `effect` the row of bench_decoding that
+    shows what it brings, as task:method; the README's table has its figure.
     """
 
     name: str

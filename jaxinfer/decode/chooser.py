@@ -56,9 +56,9 @@ FORGET, FORGET_PROBE = 0.9, 0.5  # what is left of the counts after a step with 
 @struct.dataclass
 class ChooserState:
     """`inner`: the drafter's state. `reached`, `stood f32[B, N]`: counts of each draft; `parent i32[B, N]`: the last
-    proposal's; `best i32[B]`: the size with the most tokens a second; `off bool[B]`: it does not pay; `waited i32[B]`:
-    steps since an off row last drafted; `alive bool[B]`: rows that had a say in that; `size i32[B]`: drafts of this
-    step at most."""
+    proposal's; `best i32[B]`: the size with the most tokens a second; `off bool[B]`: it does not pay; `wait`,
+    `waited i32[B]`: steps from one try of an off row to the next, and since the last; `alive bool[B]`: rows that had a
+    say in that; `size i32[B]`: drafts of this step at most."""
 
     inner: Any
     reached: jax.Array
@@ -66,6 +66,7 @@ class ChooserState:
     parent: jax.Array
     best: jax.Array
     off: jax.Array
+    wait: jax.Array
     waited: jax.Array
     alive: jax.Array
     size: jax.Array
@@ -76,7 +77,7 @@ class ChooserState:
         none, zeros = jnp.zeros((batch, drafts), jnp.float32), jnp.zeros(batch, jnp.int32)
         parent = jnp.broadcast_to(jnp.arange(drafts, dtype=jnp.int32), (batch, drafts))
         no = zeros.astype(bool)
-        return cls(inner, none, none, parent, zeros, no, zeros, no, zeros)
+        return cls(inner, none, none, parent, zeros, no, zeros, zeros, no, zeros)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +241,9 @@ class Chooser(DrafterBase):
         rate = tokens / jnp.asarray(costs, jnp.float32) * costs[0]  # 1 without drafts
         best = jnp.argmax(rate[:, 1:], 1)
         off = jnp.take_along_axis(rate[:, 1:], best[:, None], 1)[:, 0] < self.gain
+        wait = jnp.asarray([self.wait(m) for m in self.sizes], jnp.int32)[best]
         best = jnp.asarray(self.sizes, jnp.int32)[best]
-        return self._sized(dataclasses.replace(state, best=best, off=off, alive=live), live)
+        return self._sized(dataclasses.replace(state, best=best, off=off, wait=wait, alive=live), live)
 
     def _sized(self, state: ChooserState, live: jax.Array) -> ChooserState:
         """The state with the size that its choice and its wait come to."""
@@ -252,8 +254,7 @@ class Chooser(DrafterBase):
         waited = state.waited
         if self.together:
             waited = jnp.broadcast_to(jnp.where(live, waited, jnp.iinfo(jnp.int32).max).min(), waited.shape)
-        waits = jnp.asarray([self.wait(m) for m in self.sizes], jnp.int32)
-        return waited >= waits[jnp.searchsorted(jnp.asarray(self.sizes, jnp.int32), state.best)] - 1
+        return waited >= state.wait - 1
 
     def wait(self, m: int) -> int:
         """Steps from one try of `m` drafts to the next."""

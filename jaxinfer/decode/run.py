@@ -22,7 +22,7 @@ from jaxinfer.decode import loop
 from jaxinfer.decode.aggressive import Source
 from jaxinfer.decode.compiler import Program
 from jaxinfer.decode.config import Config
-from jaxinfer.decode.constrained import Constrained
+from jaxinfer.decode.constrained import Constrained, Spent
 from jaxinfer.decode.sampling import Features, Sampling
 from jaxinfer.decode.text import CutText
 from jaxinfer.decode.types import Drafter, Reason, Step
@@ -170,6 +170,11 @@ class Run:
             self._constrained = Constrained(step, params, matchers, config=self.config, draft_params=draft_params)
         self._seen = np.repeat(lengths, ask.n)
         self.done = False
+
+    @property
+    def spent(self) -> Spent | None:
+        """What the masks of a constrained run cost the host so far."""
+        return None if self._constrained is None else self._constrained.spent
 
     def advance(self, steps: int) -> None:
         """Up to `steps` model steps."""

@@ -114,7 +114,8 @@ class TokenRecycling(DrafterBase):
 
     def observe(self, params, state: jax.Array, seq, proposal, scored, verdict, n, cache) -> jax.Array:
         """For each token that was scored: the tokens that the target found likeliest after it."""
-        live = jnp.concatenate([jnp.ones_like(proposal.valid[:, :1]), proposal.valid], 1) & (n > 0)[:, None]
+        root = jnp.ones((n.shape[0], 1), bool)
+        live = jnp.concatenate([root, proposal.valid], 1) & (n > 0)[:, None]
         vocab = state.shape[1]
         known = min(CANDIDATES, vocab)
         likely = jax.lax.top_k(scored.logits, known)[1]

@@ -1,7 +1,8 @@
-"""What bench_decoding runs of jaxinfer: a subject (model, draft), a method on it, and what a step of it costs.
+"""What bench_decoding runs of jaxinfer: a subject (model, draft, heads), a method on it, and what a step of it costs.
 
 A method is written as `jaxinfer generate --drafter` spells it. Batch 1 decodes the prompts one after the other, a
-larger batch all at once; every prompt is padded to one width, so a method compiles once a batch size and temperature.
+larger batch all at once; every prompt is padded to one width, so a method compiles once a batch size and temperature:
+one program to prefill, which the costs are measured with too, and one for all the steps.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ import numpy as np
 
 from jaxinfer import cache as kv
 from jaxinfer import decode, measure
+from jaxinfer.checkpoint import hub
+from jaxinfer.cli.auto import Auto
 from jaxinfer.cli.options import DRAFTERS
-from jaxinfer.decode import Config, Stats, keys
+from jaxinfer.decode import Chooser, Config, Stats, keys
 from jaxinfer.decode.sampling import Features, Warp
+from jaxinfer.errors import InputError
+from jaxinfer.models.heads import load_head
 
 OPTIONS = decode.compiler_options()
+EVERY = 1 << 30  # steps: until all rows are done
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A target and its draft model, as pure functions and weights."""
+def _finish(step, params, state, draft_params, *, config: Config) -> decode.Result:
+    return decode.result(
+        decode.advance(step, params, state, config=config, steps=EVERY, draft_params=draft_params), config
+    )
 
-    name: str
-    step: Any
-    params: Any
-    draft_step: Any
-    draft_params: Any
 
-    def drafter(self, method: str) -> Any:
-        """The drafter that the command line would make of `method`."""
-        return DRAFTERS.parse(method, step=self.draft_step)
+_BEGIN = jax.jit(decode.begin, static_argnames=("step", "config"), compiler_options=OPTIONS)
+_FINISH = jax.jit(_finish, static_argnames=("step", "config"), donate_argnames=("state",), compiler_options=OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +59,82 @@ class Setting:
         return [(jnp.asarray(padded[i : i + self.batch]), jnp.asarray(lengths[i : i + self.batch])) for i in starts]
 
 
-def runner(subject: Subject, method: str, setting: Setting) -> Callable[[], list[decode.Result]]:
-    """A callable that decodes every group of `setting` with `method` and returns the Results."""
-    config = config_of(subject, method, setting)
-    generate = jax.jit(decode.generate, static_argnames=("step", "config"), compiler_options=OPTIONS)
-    groups, key = setting.groups(), jax.random.key(0)
+@dataclasses.dataclass
+class Subject:
+    """A target and its draft model, as pure functions and weights; what was made and measured of them is kept."""
 
-    def run() -> list[decode.Result]:
-        return [
-            generate(
-                subject.step, subject.params, tokens, lengths,
-                config=config, key=jax.random.fold_in(key, i), draft_params=subject.draft_params,
-            )
-            for i, (tokens, lengths) in enumerate(groups)
-        ]  # fmt: skip
+    name: str
+    step: Any
+    params: Any
+    draft_step: Any
+    draft_params: Any
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    return run
+    def method(self, method: str, setting: Setting) -> tuple[Any, Any]:
+        """The drafter that the command line would make of `method`, and its params. Raises JaxinferError."""
+        key = ("method", method, setting.batch, setting.width + setting.tokens)
+        if key not in self.made:
+            self.made[key] = self._make(method, setting)
+        return self.made[key]
+
+    def _make(self, method: str, setting: Setting) -> tuple[Any, Any]:
+        name = method.rpartition("drafter=")[2].partition(":")[0]
+        folder = f"tinycode-{name}"
+        loaded = load_head(hub.resolve(folder), dtype="float32") if _is_head(folder) else None
+        if loaded is None and name in DRAFTERS.entries and name != "auto" and "head" in _fields(DRAFTERS.kind(name)):
+            raise InputError(f"{name}: got no packaged head {folder}; accepted: one of {', '.join(hub.PACKAGED)}")
+        head, head_params = (None, None) if loaded is None else (loaded.head, loaded.params)
+        step = None if loaded is not None else self.draft_step
+        drafter: Any = DRAFTERS.parse(method, step=step, head=head, target=self.step)
+        if isinstance(drafter, Auto):
+            drafter = Chooser.measured(
+                drafter.inner, self.step, self.params, batch=setting.batch, capacity=setting.width + setting.tokens,
+                draft_params=self.draft_params, gain=drafter.gain, together=drafter.together, probe=drafter.probe,
+            )  # fmt: skip
+        return drafter, head_params if hasattr(drafter, "head") else self.draft_params if _runs(drafter) else None
 
 
-def config_of(subject: Subject, method: str, setting: Setting) -> Config:
-    """End tokens are ignored, so that every method makes the same number of tokens."""
-    return Config(max_tokens=setting.tokens, temperature=setting.temperature, eos=(), drafter=subject.drafter(method))
+def _is_head(folder: str) -> bool:
+    return folder in hub.PACKAGED and folder != "tinycode-draft"
+
+
+def _fields(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _runs(drafter: Any) -> bool:
+    return hasattr(drafter, "step")
+
+
+def begun(subject: Subject, method: str, setting: Setting, group: tuple[jax.Array, jax.Array], key: jax.Array) -> Any:
+    """The state after the prompts of a group."""
+    config, draft_params = config_of(subject, method, setting)
+    tokens, lengths = group
+    return _BEGIN(subject.step, subject.params, tokens, lengths, config=config, key=key, draft_params=draft_params)
+
+
+class Runner:
+    """Decodes every group of `setting` with `method` when it is called; `answers`: the Results of the last call."""
+
+    def __init__(self, subject: Subject, method: str, setting: Setting):
+        self.subject, self.method, self.setting = subject, method, setting
+        self.groups, self.key = setting.groups(), jax.random.key(0)
+        self.answers: list[decode.Result] = []
+
+    def __call__(self) -> list[decode.Result]:
+        subject = self.subject
+        config, draft_params = config_of(subject, self.method, self.setting)
+        self.answers = []
+        for i, group in enumerate(self.groups):
+            state = begun(subject, self.method, self.setting, group, jax.random.fold_in(self.key, i))
+            self.answers.append(_FINISH(subject.step, subject.params, state, draft_params, config=config))
+        return self.answers
+
+
+def config_of(subject: Subject, method: str, setting: Setting) -> tuple[Config, Any]:
+    """The Config and the drafter's params. End tokens are ignored, so that every method makes as many tokens."""
+    drafter, draft_params = subject.method(method, setting)
+    return Config(max_tokens=setting.tokens, temperature=setting.temperature, eos=(), drafter=drafter), draft_params
 
 
 def statistics(results: Sequence[decode.Result], plain: Sequence[decode.Result]) -> dict[str, Any]:
@@ -98,26 +154,38 @@ def statistics(results: Sequence[decode.Result], plain: Sequence[decode.Result])
 
 
 def costs(subject: Subject, method: str, setting: Setting, *, rounds: int) -> dict[str, float]:
-    """Seconds of a forward over one token, of the method's forward over all its slots, and of its proposal."""
-    config = config_of(subject, method, setting)
-    tokens, lengths = setting.groups()[0]
-    begin = jax.jit(decode.begin, static_argnames=("step", "config"), compiler_options=OPTIONS)
-    key = jax.random.key(0)
-    state = begin(
-        subject.step, subject.params, tokens, lengths, config=config, key=key, draft_params=subject.draft_params
-    )
-    slots = config.drafter.width + 1
+    """Seconds of a forward over one token, of the method's forward over all its slots, and of its proposal.
 
-    def forward(n: int) -> Callable[[], Any]:
-        def run(params, cache, seq):
-            positions = seq.length[:, None] - 1 + jnp.arange(n)
-            ids = jnp.broadcast_to(seq.root[:, None], positions.shape)
-            output, _ = subject.step(params, ids, positions, cache, kv.new_blocks(cache, n), 0)
-            return subject.step.head(params, output.hidden)
+    Measured once a method and batch size, with the first task and temperature that come: they do not depend on these.
+    """
+    key = ("costs", method, setting.batch)
+    if key in subject.made:
+        return subject.made[key]
+    config, draft_params = config_of(subject, method, setting)
+    state = begun(subject, method, setting, setting.groups()[0], jax.random.key(0))
+    calls = {"proposal": _proposal(subject, config, draft_params, state)}
+    wanted = {1, config.drafter.width + 1} - {n for n in range(1, 200) if ("slots", n, setting.batch) in subject.made}
+    calls |= {f"{n}": _forward(subject, state, n) for n in wanted}
+    timings = measure.interleaved(calls, rounds=rounds, warmup=1, min_seconds=0.01)
+    for n in wanted:
+        subject.made["slots", n, setting.batch] = timings[f"{n}"].median
+    one, slots = (subject.made["slots", n, setting.batch] for n in (1, config.drafter.width + 1))
+    subject.made[key] = {"one": one, "slots": slots, "proposal": timings["proposal"].median}
+    return subject.made[key]
 
-        compiled = jax.jit(run, compiler_options=OPTIONS)
-        return lambda: compiled(subject.params, state.cache, state.seq)
 
+def _forward(subject: Subject, state: Any, n: int) -> Callable[[], Any]:
+    def run(params, cache, seq):
+        positions = seq.length[:, None] - 1 + jnp.arange(n)
+        ids = jnp.broadcast_to(seq.root[:, None], positions.shape)
+        output, _ = subject.step(params, ids, positions, cache, kv.new_blocks(cache, n), 0)
+        return subject.step.head(params, output.hidden)
+
+    compiled = jax.jit(run, compiler_options=OPTIONS)
+    return lambda: compiled(subject.params, state.cache, state.seq)
+
+
+def _proposal(subject: Subject, config: Config, draft_params: Any, state: Any) -> Callable[[], Any]:
     def propose(draft_params, params, state):
         features: Features = state.features
         warp = Warp(state.sampling, features, state.seq, state.history, ())
@@ -126,17 +194,8 @@ def costs(subject: Subject, method: str, setting: Setting, *, rounds: int) -> di
             draft_params, state.drafter, state.seq, state.cache, step_key, target_params=params, warp=warp
         )[0]
 
-    proposal = jax.jit(propose, compiler_options=OPTIONS)
-    timings = measure.interleaved(
-        {
-            "one": forward(1),
-            "slots": forward(slots),
-            "proposal": lambda: proposal(subject.draft_params, subject.params, state),
-        },
-        rounds=rounds,
-        min_seconds=0.02,
-    )
-    return {name: timing.median for name, timing in timings.items()}
+    compiled = jax.jit(propose, compiler_options=OPTIONS)
+    return lambda: compiled(draft_params, subject.params, state)
 
 
 def predicted(tokens_per_forward: float, cost: dict[str, float]) -> dict[str, float]:

@@ -1,15 +1,14 @@
-"""Four task sets made of held-out modules of the standard library, from what no drafter foresees to what it has seen.
+"""Three task sets made of held-out modules of the standard library, from what no drafter foresees to what it has seen.
 
 free: the middle of a module, to be continued. edit: a function, the same function under another name, and the first
 tokens of a third version: the model repeats it. repetitive: tables and literals, the windows whose next tokens repeat
-their own n-grams most. json: records of a module's functions as JSON, to be continued.
+their own n-grams most. (The fourth, JSON under a schema, is `schema`.)
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxinfer.train.data import Document, standard_library
@@ -30,7 +29,7 @@ class Task:
 def tasks(encode: Encode, *, count: int, length: int, answer: int) -> dict[str, Task]:
     """Every task set with `count` prompts of at most `length` tokens, one a module; `answer`: tokens to come."""
     documents = [d for d in standard_library().held_out if d.num_bytes > 2000]
-    makers = {"free": _free, "edit": _edit, "repetitive": _repetitive, "json": _json}
+    makers = {"free": _free, "edit": _edit, "repetitive": _repetitive}
     found = {}
     for name, make in makers.items():
         prompts = make(documents, encode, length, answer)[:count]
@@ -93,17 +92,3 @@ def _repeats(ids: Sequence[int], start: int, length: int, answer: int) -> float:
         hits += gram in seen
         seen.add(gram)
     return hits / answer
-
-
-def _json(documents: Sequence[Document], encode: Encode, length: int, answer: int) -> list[list[int]]:
-    prompts = []
-    for document in documents:
-        records = [
-            {"name": node.name, "arguments": [a.arg for a in node.args.args], "line": node.lineno, "kind": "function"}
-            for node, _ in _functions(document)
-        ]
-        text = json.dumps({"module": document.name, "functions": records}, indent=1)
-        ids = encode(text)
-        if len(ids) >= length + answer // 2:
-            prompts.append(ids[: length - 10])
-    return prompts
