@@ -8,6 +8,7 @@ Stability: experimental.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from jaxinfer.cache.dense import block_segment
 from jaxinfer.errors import InputError
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.moe import route
+
+# Runs layer i in its own way, or not at all: `around(i, run, x, positions, block) -> (x, block, notes)`, where
+# `run(x, positions, block=block)` is the layer.
+Around = Callable[[int, Callable[..., Any], jax.Array, jax.Array, Any], tuple[jax.Array, Any, Any]]
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -164,7 +169,15 @@ class Decoder(Layer):
 
     @nn.compact
     def __call__(
-        self, inputs, positions, cache: Cache | None = None, block=None, at: jax.Array | int = 0, mask=None, taps=()
+        self,
+        inputs,
+        positions,
+        cache: Cache | None = None,
+        block=None,
+        at: jax.Array | int = 0,
+        mask=None,
+        taps=(),
+        around: Around | None = None,
     ):
         c = self.config
         embedding = self.weight("embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
@@ -181,9 +194,10 @@ class Decoder(Layer):
         specs, states, pending = (nothing,) * 3 if cache is None else (cache.specs, cache.states, block or nothing)
         blocks, notes, tapped = [], [], {}
         for i in range(c.num_layers):
-            spec, state, own = specs[i], states[i], pending[i]
             layer = DecoderLayer(c, layer=i, name=f"layers_{i}")
-            x, own, note = layer(x, positions, spec, state, own, at, mask, table)
+            run = functools.partial(layer, spec=specs[i], state=states[i], at=at, mask=mask, table=table)
+            own = pending[i]
+            x, own, note = run(x, positions, block=own) if around is None else around(i, run, x, positions, own)
             blocks.append(own)
             notes.append(note)
             if i in taps:
