@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def _run(model, drafter):
     return toy.Run(model, Config(max_tokens=checks.ANSWER, drafter=drafter, features=Features(bias=True)))
 
 
-def both(drafter, model=checks.MODEL, params=checks.PARAMS, banned=(), eos=-1):
+def both(drafter, model: Any = checks.MODEL, params=checks.PARAMS, banned=(), eos=-1):
     """(outputs, those of the published loop, the result)."""
     tokens, lengths = checks.repetitive_prompts()
     sampling = Sampling.make(
