@@ -245,4 +245,14 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.models.config:ModelConfig",
         paper=Paper("Kazemnejad, Padhi, Natesan, Das, Reddy", 2023, "2305.19466"),
     ),
+    # Which layers run.
+    Method(
+        name="first",
+        family="layers",
+        title="routers read the prompt and choose the layers that an answer runs; skipped layers store nothing",
+        guarantee="a different model",
+        entry="jaxinfer.decode.first:First",
+        paper=Paper("Jain et al.", 2024, "2410.12513"),
+        cli="jaxinfer train first",
+    ),
 )

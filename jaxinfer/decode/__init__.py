@@ -15,6 +15,7 @@ from jaxinfer.decode.config import Config
 from jaxinfer.decode.copy_draft import CopyDraft
 from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel
+from jaxinfer.decode.first import First, open_routers
 from jaxinfer.decode.gad import GAD, TopBeta
 from jaxinfer.decode.grammar import Grammar
 from jaxinfer.decode.jacobi import Jacobi
@@ -50,6 +51,7 @@ __all__ = [
     "DraftModel",
     "Evidence",
     "Features",
+    "First",
     "GAD",
     "Grammar",
     "Greedy",
@@ -82,6 +84,7 @@ __all__ = [
     "compiler_options",
     "finish",
     "generate",
+    "open_routers",
     "place",
     "reorder",
     "result",
