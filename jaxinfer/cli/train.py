@@ -13,8 +13,8 @@ from jaxinfer.cli.train_draft import draft
 from jaxinfer.cli.train_first import first
 from jaxinfer.cli.train_heads import heads
 from jaxinfer.cli.train_lm import lm
-from jaxinfer.cli.train_lud import lud
 from jaxinfer.cli.train_long import long
+from jaxinfer.cli.train_lud import lud
 
 HELP = """Train models that make others fast, and fine-tune: one loop, a recipe for each command.
 
@@ -23,7 +23,7 @@ A run that is killed goes on from its last checkpoint when the same command is g
 
 train = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, epilog=codes.HELP)
 
-COMMANDS = {"lm": lm, "adapter": adapter, "draft": draft, "heads": heads, "long": long}
+COMMANDS = {"lm": lm, "adapter": adapter, "draft": draft, "heads": heads, "long": long, "lud": lud, "first": first}
 
 for name, command in COMMANDS.items():
     train.command(name, epilog=codes.HELP)(training.guarded(command))
