@@ -250,6 +250,14 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.superposed:superpose",
         paper=Paper("Shen et al.", 2024, "2405.18400"),
     ),
+    Method(
+        name="hamburger",
+        family="sampling",
+        title="several tokens a forward of the base, unchecked, and one cache entry for all of them",
+        guarantee="approximate",
+        entry="jaxinfer.decode.hamburger:generate",
+        paper=Paper("Liu, Zhang", 2025, "2505.20438"),
+    ),
     # What several answers to one prompt are for.
     Method(
         name="best-of-n",

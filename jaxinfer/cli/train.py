@@ -11,6 +11,7 @@ from jaxinfer.cli import codes, training
 from jaxinfer.cli.train_adapter import adapter
 from jaxinfer.cli.train_draft import draft
 from jaxinfer.cli.train_first import first
+from jaxinfer.cli.train_hamburger import hamburger
 from jaxinfer.cli.train_heads import heads
 from jaxinfer.cli.train_lm import lm
 from jaxinfer.cli.train_long import long
@@ -23,7 +24,16 @@ A run that is killed goes on from its last checkpoint when the same command is g
 
 train = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, epilog=codes.HELP)
 
-COMMANDS = {"lm": lm, "adapter": adapter, "draft": draft, "heads": heads, "long": long, "lud": lud, "first": first}
+COMMANDS = {
+    "lm": lm,
+    "adapter": adapter,
+    "draft": draft,
+    "heads": heads,
+    "long": long,
+    "lud": lud,
+    "first": first,
+    "hamburger": hamburger,
+}
 
 for name, command in COMMANDS.items():
     train.command(name, epilog=codes.HELP)(training.guarded(command))
