@@ -25,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxinfer import cache as kv
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.heads import Head, TargetShape
+from jaxinfer.models.heads.ppd import PPDHead
 from jaxinfer.ops.attention import Segments
 from jaxinfer.ops.weights import materialize
-from jaxinfer.train import data, lm, loop
+from jaxinfer.train import data, lm, loop, ppd
 
 
 @struct.dataclass
@@ -50,11 +52,13 @@ class Seen:
 @dataclasses.dataclass(frozen=True)
 class Losses:
     """Weights. `distill`: of the KL to the target's law, 0 to 1, the rest is cross-entropy on the text; `features`: of
-    the smooth L1 on features, for heads that predict them; `decay`: of each further token, once more a token."""
+    the smooth L1 on features, for heads that predict them; `decay`: of each further token, once more a token;
+    `rounds`: how often a head that drafts token by token is run on what it made itself (EAGLE-1: 1, which is none)."""
 
     distill: float = 1.0
     features: float = 1.0
     decay: float = 0.8
+    rounds: int = 4
 
     def __post_init__(self):
         if not 0 <= self.distill <= 1:
@@ -63,6 +67,8 @@ class Losses:
             raise ConfigError(f"features: got {self.features}, accepts 0 or more")
         if not 0 < self.decay <= 1:
             raise ConfigError(f"decay: got {self.decay}, accepts above 0 and up to 1")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds: got {self.rounds}, accepts 1 or more")
 
 
 def look(step: Any, target_params: Any, batch: Any, taps: tuple[int, ...] = ()) -> Seen:
@@ -127,9 +133,75 @@ def medusa(step, head, params, seen: Seen, losses: Losses, key):
     return guesses([(logits, k) for k, logits in enumerate(found, 1)], seen, losses)
 
 
+def eagle(step, head, params, seen: Seen, losses: Losses, key):
+    """Entry t predicts feature t + 1, and with it the token after; smooth L1 where features are the target's last."""
+    total, metrics, where = jnp.zeros(()), {}, within(seen, 1)
+    for s, made in enumerate(eagle_rounds(step, head, params, seen, losses.rounds)):
+        loss, found = guesses([(step.head(seen.params, made), 1)], seen, losses)
+        if losses.features > 0 and not head.layers:
+            loss += losses.features * mean(smooth_l1(made, shifted(seen.hidden, 1)), where)
+        total += losses.decay**s * loss
+        metrics[f"agree_{s + 1}"] = found["agree_1"]
+    return total / sum(losses.decay**s for s in range(losses.rounds)), metrics
+
+
+def eagle_rounds(step, head, params, seen: Seen, rounds: int) -> list[jax.Array]:
+    """What the head makes of each entry, f[B, T, D]: first of the target's features, then round by round of its own in
+    their place, as in decoding. Round s reads true entries up to t - s and its own after them (EAGLE-3)."""
+    batch, length = seen.ids.shape
+    feature, embedding = head.features(params, seen), step.embed(seen.params, shifted(seen.ids, 1))
+    cache = head.new_cache(batch, 1, str(feature.dtype))
+    blocks = kv.new_blocks(cache, rounds * length)
+    t, same = jnp.arange(length), seen.segments[:, :, None] == seen.segments[:, None, :]
+    ahead, found = t[:, None] - t[None], []
+    for s in range(rounds):
+        # The true entries, then one of each round, ever nearer, and the round's own.
+        masks = [same & (ahead == s - r if r else ahead >= s) for r in range(s + 1)]
+        later = jnp.zeros((batch, length, (rounds - s - 1) * length), bool)
+        mask = jnp.concatenate([*masks, later], -1)
+        made, blocks = head(params, feature, embedding, seen.positions, cache, blocks, s * length, mask)
+        found.append(made)
+        feature = jnp.concatenate([feature[:, :1], made[:, :-1]], 1)
+    return found
+
+
+def chimera(step, head, params, seen: Seen, losses: Losses, key):
+    """Iteration s at place t guesses the token after t, which the target's own logits at t are about."""
+    total, metrics = jnp.zeros(()), {}
+    for s, logits in enumerate(chimera_rounds(step, head, params, seen, losses.rounds), 1):
+        loss, where = token_loss(logits, seen.targets, seen.logits, losses.distill), seen.positions >= s
+        total += losses.decay ** (s - 1) * mean(loss, where)
+        agree = (logits.argmax(-1) == seen.logits.argmax(-1)).astype(jnp.float32)
+        metrics[f"agree_{s}"] = mean(agree, where)
+    return total / sum(losses.decay**s for s in range(losses.rounds)), metrics
+
+
+def chimera_rounds(step, head, params, seen: Seen, rounds: int) -> list[jax.Array]:
+    """Logits f32[B, T, V] of iterations s = 1, 2, ..., which have read hidden states up to t - s, and trigram states
+    from there up to t. Places t < s of a document have no such hidden state."""
+    batch, length = seen.ids.shape
+    before = [jnp.where(seen.positions >= by, jnp.roll(seen.ids, by, 1), -1) for by in (2, 1, 0)]
+    trigrams = jnp.stack(before, -1)
+    embeddings = step.embed(seen.params, jnp.maximum(trigrams, 0))
+    states = head.encode(params, jnp.where(trigrams[..., None] < 0, jnp.zeros((), embeddings.dtype), embeddings))
+    cache = head.new_cache(batch, 1, str(states.dtype))
+    blocks, nobody = kv.new_blocks(cache, 2 * length), jnp.zeros((batch, length, 2 * length), bool)
+    _, blocks = head(params, seen.hidden, seen.positions, cache, blocks, 0, nobody)
+    t, same = jnp.arange(length), seen.segments[:, :, None] == seen.segments[:, None, :]
+    ahead, found = t[:, None] - t[None], []
+    for s in range(1, rounds + 1):
+        mask = jnp.concatenate([same & (ahead >= s), same & (ahead >= 0) & (ahead < s)], -1)
+        made, _ = head(params, states, seen.positions, cache, blocks, length, mask)
+        found.append(head.logits(params, jnp.roll(seen.hidden, s, 1), made, step, seen.params))
+    return found
+
+
 # Kind of head to `(step, head, params, seen, losses, key) -> (loss, metrics)`.
 OBJECTIVES: Mapping[str, Callable[..., tuple[jax.Array, dict[str, jax.Array]]]] = {
     "medusa": medusa,
+    "ppd": ppd.prompt_tokens,
+    "eagle": eagle,
+    "chimera": chimera,
 }
 
 
@@ -145,6 +217,16 @@ class HeadObjective:
         seen = look(self.step, frozen, batch, self.head.taps)
         loss, metrics = OBJECTIVES[self.head.kind](self.step, self.head, params, seen, self.losses, key)
         return loss, {**metrics, "weight": jnp.asarray(batch["ids"].size, jnp.float32)}
+
+
+def measured(step: Any, target_params: Any, head: Head, params: Any, documents: Sequence[np.ndarray]) -> Head:
+    """The trained head with what its drafter must know of it, measured on the target's own output after `documents`:
+    PPD's acceptance; other kinds as they are."""
+    if not isinstance(head, PPDHead):
+        return head
+    prompts = ppd.prompts_of(documents, count=32, length=64)
+    found = ppd.measure_acceptance(step, target_params, head, params, prompts)
+    return dataclasses.replace(head, acceptance=found)
 
 
 def held_out_batch(documents: Sequence[np.ndarray], *, length: int, end: int, rows: int = 16) -> dict[str, np.ndarray]:

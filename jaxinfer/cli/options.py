@@ -91,6 +91,8 @@ DRAFTERS = Registry(
         "triforce": "jaxinfer.decode.triforce:TriForce",
         "lud": "jaxinfer.decode.lud:LUD",
         "medusa": "jaxinfer.decode.medusa:Medusa",
+        "eagle": "jaxinfer.decode.eagle:Eagle",
+        "chimera": "jaxinfer.decode.chimera:Chimera",
         "ppd": "jaxinfer.decode.ppd:PPD",
     },
 )

@@ -57,6 +57,7 @@ def heads(
     )  # fmt: skip
     state = recipes.init_state(model.step, model.params, head, recipe, jax.random.key(seed))
     state = run.train(recipe, state, evaluate_every=100)
+    head = recipes.measured(model.step, model.params, head, state.params, text.train)
     save_head(output, head, state.params, model.params)
     assert recipe.evaluate is not None
     found = dict(recipe.evaluate(state.params))

@@ -9,18 +9,21 @@ from jaxinfer.decode.autoregressive import Autoregressive
 from jaxinfer.decode.beam import BeamConfig, BeamResult, beam_search
 from jaxinfer.decode.bild import Bild, Rollback
 from jaxinfer.decode.cfic import Cfic, Evidence, Span
+from jaxinfer.decode.chimera import Chimera
 from jaxinfer.decode.chooser import Chooser
 from jaxinfer.decode.compiler import compiler_options
 from jaxinfer.decode.config import Config
 from jaxinfer.decode.copy_draft import CopyDraft
 from jaxinfer.decode.copyspec import CopySpec
 from jaxinfer.decode.draft_model import DraftModel
+from jaxinfer.decode.eagle import Eagle
 from jaxinfer.decode.first import First, open_routers
 from jaxinfer.decode.gad import GAD, TopBeta
 from jaxinfer.decode.grammar import Grammar
 from jaxinfer.decode.jacobi import Jacobi
 from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate, place, reorder, result, select, start
 from jaxinfer.decode.lud import LUD, Decided
+from jaxinfer.decode.medusa import Medusa
 from jaxinfer.decode.pearl import Pearl
 from jaxinfer.decode.ppd import PPD
 from jaxinfer.decode.prompt_lookup import PromptLookup
@@ -43,12 +46,14 @@ __all__ = [
     "Bild",
     "Cfic",
     "Chain",
+    "Chimera",
     "Chooser",
     "Config",
     "CopyDraft",
     "CopySpec",
     "Decided",
     "DraftModel",
+    "Eagle",
     "Evidence",
     "Features",
     "First",
@@ -57,6 +62,7 @@ __all__ = [
     "Greedy",
     "Jacobi",
     "LUD",
+    "Medusa",
     "NGrams",
     "PPD",
     "Pearl",

@@ -20,11 +20,13 @@ from jaxinfer.decode.types import Proposal
 
 @struct.dataclass
 class Frontier:
-    """Branches to be given children: `node i32[B, K]`, their places among all nodes so far, and log-probabilities
-    `score f32[B, K]`."""
+    """Branches to be given children: `tokens`, `node i32[B, K]`, their places among all nodes so far, log-probabilities
+    `score f32[B, K]`, and `above i32[B, K]`: which branch of the frontier before is the parent (0 on the first)."""
 
+    tokens: jax.Array
     node: jax.Array
     score: jax.Array
+    above: jax.Array
 
 
 @struct.dataclass
@@ -41,7 +43,7 @@ class Growing:
         """The first level: the likeliest `branches` tokens of `logp f32[B, V]`."""
         score, tokens = jax.lax.top_k(logp, branches)
         node = jnp.broadcast_to(jnp.arange(branches, dtype=jnp.int32), tokens.shape)
-        return cls(tokens, jnp.full_like(tokens, -1), score), Frontier(node, score)
+        return cls(tokens, jnp.full_like(tokens, -1), score), Frontier(tokens, node, score, jnp.zeros_like(node))
 
     def level(self, frontier: Frontier, logp: jax.Array) -> tuple[Growing, Frontier]:
         """With the likeliest children of each branch, as many as there are branches, under `logp f32[B, K or 1, V]`;
@@ -58,7 +60,8 @@ class Growing:
             jnp.concatenate([self.score, score], 1),
         )
         best, which = jax.lax.top_k(score, branches)
-        return grown, Frontier(size + which, best)
+        chosen = jnp.take_along_axis(tokens, which, 1)
+        return grown, Frontier(chosen, size + which, best, which // branches)
 
     def best(self, nodes: int, depth: int, live: jax.Array) -> Proposal:
         """The `nodes` likeliest as drafts, likeliest first, in rows `live bool[B]`; `depth` levels were grown."""

@@ -32,6 +32,10 @@ class HeadDrafter(DrafterBase):
         """The vocabulary that the head was trained for."""
         return self.head.target.vocab_size
 
+    def bind(self, params: Any, target_params: Any) -> Any:
+        """What the drafter takes as `draft_params`: the head's own, and what of the target it reads in `observe`."""
+        return params
+
     def check_head(self, params: Any) -> None:
         """ConfigError without a head of the right kind, its params, or its target."""
         name = type(self).__name__

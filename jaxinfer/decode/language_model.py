@@ -52,6 +52,8 @@ STREAM_SECONDS = 0.1  # aimed at between two pieces of a stream
 DRAFTERS: Mapping[str, str] = {
     "medusa": "jaxinfer.decode.medusa:Medusa",
     "ppd": "jaxinfer.decode.ppd:PPD",
+    "eagle": "jaxinfer.decode.eagle:Eagle",
+    "chimera": "jaxinfer.decode.chimera:Chimera",
 }
 
 
@@ -259,8 +261,10 @@ class LanguageModel:
         """What `drafter` takes as `draft_params`: the draft's arrays, where it runs this model's draft."""
         if self.draft is None:
             return None
-        part = "head" if isinstance(self.draft, LoadedHead) else "step"
-        return self.draft.params if hasattr(drafter, part) else None
+        if isinstance(self.draft, LoadedHead):
+            bind = getattr(drafter, "bind", None)  # of drafters that run a head
+            return None if bind is None else bind(self.draft.params, self.params)
+        return self.draft.params if hasattr(drafter, "step") else None
 
 
 def drafter_class(head: Head) -> Any:

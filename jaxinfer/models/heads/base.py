@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import ConfigError, InputError
+from jaxinfer.models.config import ModelConfig
 
 # Kind to the class, imported when it is asked for. The drafter of a kind has the kind's name in --drafter.
 HEADS: Mapping[str, str] = {
     "medusa": "jaxinfer.models.heads.medusa:MedusaHead",
     "ppd": "jaxinfer.models.heads.ppd:PPDHead",
+    "eagle": "jaxinfer.models.heads.eagle:EagleHead",
+    "chimera": "jaxinfer.models.heads.chimera:ChimeraHead",
 }
 
 
@@ -92,3 +95,29 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A random matrix of variance 1 / fan-in, f32."""
     return jax.random.normal(key, shape) * shape[-2] ** -0.5
+
+
+def rescaled(params: Any) -> Any:
+    """Fresh params of a layer with matrices of variance 1 / fan-in, zero where they write to the residual stream."""
+
+    def rescale(path, leaf):
+        if path[-1].key in ("o", "down"):
+            return jnp.zeros_like(leaf)
+        return leaf if leaf.ndim < 2 else leaf * (leaf.shape[-2] ** -0.5 / jnp.std(leaf))
+
+    return jax.tree_util.tree_map_with_path(rescale, params)
+
+
+def layer_config(target: TargetShape, num_heads: int, num_kv_heads: int, mlp_size: int) -> ModelConfig:
+    """One decoder layer as wide as the target, with rotary positions; ConfigError where the heads do not divide it."""
+    check_count("num_heads", num_heads)
+    check_count("num_kv_heads", num_kv_heads)
+    if target.hidden_size % num_heads or num_heads % num_kv_heads or (target.hidden_size // num_heads) % 2:
+        raise ConfigError(
+            f"num_heads: got {num_heads} with {num_kv_heads} key heads; accepts a divisor of the hidden size "
+            f"{target.hidden_size} that leaves an even size a head, and key heads that divide it"
+        )
+    return ModelConfig(
+        vocab_size=target.vocab_size, hidden_size=target.hidden_size, num_layers=1, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=target.hidden_size // num_heads, mlp_size=mlp_size, max_length=2**20,
+    )  # fmt: skip
