@@ -24,7 +24,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.ops.attention import Segments
 from jaxinfer.train.data import Stage, pack
 
-EMBEDDINGS = frozenset({"embedding", "head", "position_embedding", "position_table"})
+EMBEDDINGS = frozenset({"embedding", "head", "position_embedding", "position_table", "prompts"})
 OUTPUTS = frozenset({"o", "down"})
 
 

@@ -113,7 +113,7 @@ def best_slots(
 def check_acceptance(acceptance: Acceptance) -> None:
     """Raise ConfigError for a table that is no table of chances."""
     rows = [np.asarray(row, float) for row in acceptance]
-    if not rows or any(row.ndim != 1 or not row.size or (row < 0).any() or row.sum() > 1 + 1e-6 for row in rows):
+    if not rows or any(row.ndim != 1 or not row.size or (row < 0).any() or row.sum() > 1.001 for row in rows):
         raise ConfigError(f"acceptance: got {acceptance}, accepts a row of chances, of sum 1 at most, for each depth")
 
 
