@@ -39,7 +39,7 @@ def with_table(text: str, results: Path = RESULTS) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise SystemExit(f"README.md needs one line {BEGIN!r} and after it one line {END!r}")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    columns = list(catalogue.COLUMNS)
+    columns: list[str] = list(catalogue.COLUMNS)
     rows: list[dict[str, str]] = [dict(zip(columns, row, strict=True)) for row in catalogue.table()]
     if results.exists():
         measured = json.loads(results.read_text())["rows"]

@@ -47,6 +47,7 @@ def test_a_row_of_every_parameter():
         "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": -1, "frequency_penalty": 0.5,
         "logit_bias": {"7": -5, "3": 1.5}, "banned_tokens": [1], "bad_words": "x", "forced_tokens": [4], "seed": 3,
         "stop": ["\n", "END"], "stop_token_ids": [9], "ignore_eos": True, "n": 2, "logprobs": True, "top_logprobs": 3,
+        "source": "what is edited",
     }  # fmt: skip
     request = parse(row)
     assert isinstance(request, Request)

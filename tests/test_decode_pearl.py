@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.decode import Chain, Config, Features, Pearl, Proposal, Sampling, Verdict, keys
+from jaxinfer.decode import Chain, Config, Features, Pearl, Proposal, Sampling, Verdict, keys, pearl_devices
 from jaxinfer.decode.draft_chain import Drafts
 from jaxinfer.decode.keys import Stream
+from jaxinfer.decode.pearl_devices import PearlDevices
 from jaxinfer.errors import ConfigError
 from tests import drafter_checks as checks
 from tests import toy
@@ -110,3 +111,46 @@ def test_a_guess_ahead_is_as_good_as_a_draft():
 def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match="gamma: got 1, accepts 2 or more"):
         Pearl(checks.MARKOV, 1)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["greedy", "sampled"])
+def test_two_devices_give_the_tokens_of_one(monkeypatch, warm):
+    """Ragged rows with penalties: the same tokens and counts; each model's forwards run where it is."""
+    here, there = jax.devices()[:2]
+    tokens, lengths = checks.repetitive_prompts()
+    config = Config(max_tokens=20, drafter=Pearl(checks.MODEL, 3), features=Features(sample=warm, penalties=True))
+    sampling = Sampling.make(4, eos=[-1], max_tokens=20, temperature=0.9 * warm, repetition_penalty=1.02)
+    want = toy.Run(checks.MODEL, config)(checks.PARAMS, tokens, lengths, sampling=sampling, draft_params=ALIKE)
+    places: dict = {}
+    for name in ("_draft_program", "_read_program"):
+        noted(monkeypatch, name, places)
+    got = PearlDevices(Pearl(checks.MODEL, 3), here, there, look=4).generate(
+        checks.MODEL, checks.PARAMS, tokens, lengths, config=config, key=jax.random.key(0), draft_params=ALIKE,
+        sampling=sampling,
+    )  # fmt: skip
+    assert toy.outputs(got) == toy.outputs(want)
+    np.testing.assert_array_equal(got.stats.accepted_by_depth, want.stats.accepted_by_depth)
+    np.testing.assert_array_equal(got.stats.forwards, want.stats.forwards)
+    np.testing.assert_array_equal(got.finish_reason, want.finish_reason)
+    assert int(got.stats.accepted_by_depth.sum()) > 0
+    assert places == {"_draft_program": {there}, "_read_program": {here}}
+
+
+def noted(monkeypatch, name, places):
+    """The program of that name notes the devices of what it gives."""
+    program = getattr(pearl_devices, name)
+
+    def run(*args, **kwargs):
+        found = program(*args, **kwargs)
+        places.setdefault(name, set()).update(*(leaf.devices() for leaf in jax.tree.leaves(found)))
+        return found
+
+    monkeypatch.setattr(pearl_devices, name, run)
+
+
+def test_two_devices_must_be_two():
+    here, there = jax.devices()[:2]
+    with pytest.raises(ConfigError, match="accepts another device"):
+        PearlDevices(Pearl(checks.MODEL, 3), here, here)
+    with pytest.raises(ConfigError, match="look: got 0"):
+        PearlDevices(Pearl(checks.MODEL, 3), here, there, look=0)

@@ -41,7 +41,7 @@ METHOD_FOLDERS = ("cache", "quant", "decode", "diffusion", "flow")
 MACHINERY = {
     "cache": {"base"},
     "decode": {"compiler", "config", "drafter", "emit", "keys", "language_model", "logprobs", "loop", "stream", "text"}
-    | {"types"},
+    | {"pearl_devices", "types"},
     "quant": {"adapter", "apply", "serialize", "tree"},
 }
 LONGEST = 500

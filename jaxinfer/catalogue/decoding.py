@@ -24,6 +24,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.draft_model:DraftModel",
         paper=_SPECULATIVE,
         cli="--drafter draft",
+        effect="free:draft",
     ),
     Method(
         name="prompt-lookup",
@@ -33,6 +34,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.prompt_lookup:PromptLookup",
         paper=Paper("Saxena", 2023),
         cli="--drafter prompt-lookup",
+        effect="edit:prompt-lookup",
     ),
     Method(
         name="copyspec",
@@ -42,6 +44,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.copyspec:CopySpec",
         paper=Paper("Dumitru et al.", 2025, "2502.08923"),
         cli="--drafter copyspec",
+        effect="edit:copyspec",
     ),
     Method(
         name="bild",
@@ -51,6 +54,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.bild:Bild",
         paper=Paper("Kim et al.", 2023, "2302.07863"),
         cli="--drafter bild",
+        effect="free:bild",
     ),
     Method(
         name="pearl",
@@ -60,6 +64,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.pearl:Pearl",
         paper=Paper("Liu et al.", 2024, "2408.11850"),
         cli="--drafter pearl",
+        effect="free:pearl",
     ),
     Method(
         name="triforce",
@@ -69,6 +74,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.triforce:TriForce",
         paper=Paper("Sun et al.", 2024, "2404.11912"),
         cli="--drafter triforce",
+        effect="free:triforce",
     ),
     Method(
         name="token-recycling",
@@ -78,6 +84,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.token_recycling:TokenRecycling",
         paper=Paper("Luo et al.", 2024, "2408.08696"),
         cli="--drafter token-recycling",
+        effect="free:token-recycling",
     ),
     Method(
         name="aded",
@@ -87,6 +94,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.aded:ADED",
         paper=Paper("Liu, Lei, Zhang, Xu", 2024, "2407.12021"),
         cli="--drafter aded",
+        effect="free:aded",
     ),
     Method(
         name="aggressive",
@@ -96,6 +104,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.aggressive:Aggressive",
         paper=Paper("Sun et al.", 2021, "2106.04970"),
         cli="--drafter aggressive",
+        effect="edit:aggressive",
     ),
     Method(
         name="gad",
@@ -113,6 +122,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.jacobi:Jacobi",
         paper=Paper("Teng et al.", 2024, "2410.01699"),
         cli="--drafter jacobi",
+        effect="free:jacobi",
     ),
     Method(
         name="medusa",
@@ -152,6 +162,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.ppd:PPD",
         paper=Paper("Chen et al.", 2024, "2405.18628"),
         cli="--drafter ppd",
+        effect="free:ppd",
     ),
     Method(
         name="copyspec-draft",
@@ -161,6 +172,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.copy_draft:CopyDraft",
         paper=Paper("Dumitru et al.", 2025, "2502.08923"),
         cli="--drafter copyspec-draft",
+        effect="edit:copyspec-draft",
     ),
     Method(
         name="lud",
@@ -170,6 +182,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.lud:LUD",
         paper=Paper("Sun et al.", 2024, "2405.15208"),
         cli="--drafter lud",
+        effect="free:lud",
     ),
     Method(
         name="chooser",
@@ -179,6 +192,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.chooser:Chooser",
         paper=_SPECULATIVE,
         cli="--drafter auto",
+        effect="free:auto",
     ),
     # What decides which proposals stay.
     Method(
@@ -256,6 +270,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.grammar:Grammar",
         paper=Paper("Willard, Louf", 2023, "2307.09702"),
         cli="--json-schema, --regex, --grammar",
+        effect="json:plain",
     ),
     Method(
         name="cfic",

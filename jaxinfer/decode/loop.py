@@ -186,8 +186,8 @@ def _steps(
         return going if most is None else going & (carry[0] < most)
 
     def idle(carry):
-        rows = drafter.idle(draft_params, carry[1].drafter, carry[1].seq)
-        return None if rows is None else (rows | carry[1].seq.done).all()
+        rows: Any = drafter.idle(draft_params, carry[1].drafter, carry[1].seq)
+        return (rows | carry[1].seq.done).all()
 
     def drafted(carry):
         return carry[0] + 1, advance_once(step, params, carry[1], config=config, draft_params=draft_params)
@@ -196,7 +196,7 @@ def _steps(
         return carry[0] + 1, _plain_once(step, params, carry[1], config=config, draft_params=draft_params)
 
     carry = (jnp.int32(0), state)
-    if 0 not in drafter.widths or idle(carry) is None:
+    if 0 not in drafter.widths or drafter.idle(draft_params, state.drafter, state.seq) is None:
         return jax.lax.while_loop(live, drafted, carry)[1]
 
     def both(carry):

@@ -11,9 +11,10 @@ drafts; where all stay, the others become pending. Any rejection goes back to pr
 is no bonus: the draft already guessed that token (`Proposal.ahead`), so a guess is tested where a bonus would be drawn.
 
 What runs where: in one step the new drafts and the target's forward both depend on the pending block and not on each
-other, so two devices or streams could do both at once. In one compiled program on one device nothing is made to
-overlap: there a step costs gamma draft forwards and a target forward one after the other, as DraftModel's does, without
-a bonus and with the new drafts lost at each rejection, and is slower. Steps and acceptance are the same either way.
+other, so two devices can do both at once: `pearl_devices` does. In one compiled program on one device nothing is made
+to overlap: there a step costs gamma draft forwards and a target forward one after the other, as DraftModel's does,
+without a bonus and with the new drafts lost at each rejection, and is slower. Steps and acceptance are the same either
+way.
 
 Departures: the published code seeds both processes alike, so that one uniform drafts a token and tests it, which is
 biased under sampling (total variation 0.29 on a toy); here the draws are of separate streams. The draft model reads the

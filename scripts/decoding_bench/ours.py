@@ -36,7 +36,7 @@ def _finish(step, params, state, draft_params, *, config: Config) -> decode.Resu
 
 
 _BEGIN = jax.jit(decode.begin, static_argnames=("step", "config"), compiler_options=OPTIONS)
-_FINISH = jax.jit(_finish, static_argnames=("step", "config"), donate_argnames=("state",), compiler_options=OPTIONS)
+_FINISH = jax.jit(_finish, static_argnames=("step", "config"), compiler_options=OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
