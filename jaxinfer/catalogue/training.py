@@ -23,4 +23,22 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Zafrir et al.", 2024, "2411.11055"),
         cli="train draft",
     ),
+    Method(
+        name="seco",
+        family="training",
+        title="long sequences chunk by chunk: the exact gradient in the memory of one chunk",
+        guarantee="exact",
+        entry="jaxinfer.train.chunkwise:Chunkwise",
+        paper=Paper("Li et al.", 2025, "2505.16710"),
+        cli="train long --sampling all",
+    ),
+    Method(
+        name="spaco",
+        family="training",
+        title="the same from a random few of the chunks: unbiased, or the paper's fixed number",
+        guarantee="approximate",
+        entry="jaxinfer.train.chunkwise_sampling:Sampling",
+        paper=Paper("Li et al.", 2025, "2505.16710"),
+        cli="train long --budget 8",
+    ),
 )
