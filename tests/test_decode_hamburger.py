@@ -188,6 +188,7 @@ def test_penalties_see_the_group_so_far():
     assert any(len({*row}) < len(row) for row in toy.outputs(generate()))
 
 
+@pytest.mark.slow
 def test_weights_may_be_quantized():
     rules = [(r"(base|micro)/.*/(attention|mlp)/.*", quant.Int4(group=8))]
     int4 = quant.apply(PARAMS, rules)
