@@ -111,8 +111,9 @@ METHODS: tuple[Method, ...] = (
         family="drafter",
         title="a non-autoregressive head fills a block in one pass",
         guarantee="approximate",
-        entry="jaxinfer.decode.gad:GAD",
+        entry="jaxinfer.decode.gad_model:BlockDraft",
         paper=Paper("Xia et al.", 2022, "2203.16487"),
+        cli="--drafter gad",
     ),
     Method(
         name="jacobi",

@@ -90,6 +90,7 @@ DRAFTERS = Registry(
         "pearl": "jaxinfer.decode.pearl:Pearl",
         "triforce": "jaxinfer.decode.triforce:TriForce",
         "lud": "jaxinfer.decode.lud:LUD",
+        "gad": "jaxinfer.decode.gad_model:BlockDraft",
         "medusa": "jaxinfer.decode.medusa:Medusa",
         "eagle": "jaxinfer.decode.eagle:Eagle",
         "chimera": "jaxinfer.decode.chimera:Chimera",
