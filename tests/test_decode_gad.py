@@ -1,6 +1,7 @@
 """GAD's drafter of one pass: its drafts against a forward over the whole row, its limit, what it refuses."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from tests import drafter_checks as checks
 from tests import toy
 
 PAD, BLOCK = 2, 3
+UNREAD: Any = None  # what the drafter has no use for
 EXACT = BlockDraft(checks.MODEL, block=BLOCK, beta=1, tau=0.0, pad=PAD)
 
 
@@ -43,7 +45,7 @@ def test_drafts_are_those_of_a_forward_without_a_cache(exact):
     arguments = exact.arguments(BLOCK)
     state = exact.run.start(exact.params, exact.tokens, exact.lengths, sampling=Sampling.make(4, eos=[-1]), **arguments)
     propose = toy.quick_jit(lambda own, state: EXACT.propose(
-        own, state.drafter, state.seq, state.cache, None, target_params=None, warp=None
+        own, state.drafter, state.seq, state.cache, UNREAD, target_params=None, warp=UNREAD
     )[0].tokens)  # fmt: skip
     late = 0
     while not bool(state.seq.done.all()):
@@ -62,4 +64,4 @@ def test_what_it_cannot_do_is_refused_by_name():
         with pytest.raises(ConfigError, match=told):
             dataclasses.replace(EXACT, **change)
     with pytest.raises(ConfigError, match="BlockDraft needs its weights"):
-        jax.eval_shape(lambda: EXACT.init(None, None, toy.sequence([1, 2]), None))
+        jax.eval_shape(lambda: EXACT.init(None, None, toy.sequence([1, 2]), UNREAD))

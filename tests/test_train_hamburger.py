@@ -51,12 +51,12 @@ def test_groups_follow_the_entropies():
     begins = hamburger.first_of_group(entropy, alone, size=SIZE)
     for i in range(6):
         starts = np.flatnonzero(begins[i])
-        assert np.diff([*starts, 80]).tolist() == by_hand(entropy[i], alone[i])
+        assert np.diff(np.append(starts, 80)).tolist() == by_hand(entropy[i], alone[i])
     assert {1, 2, 3, 4} <= {*np.diff(np.flatnonzero(begins[0])).tolist()}
 
     def sizes(*values):
         begins = hamburger.first_of_group(np.array([values]), np.zeros((1, len(values)), bool))[0]
-        return np.diff([*np.flatnonzero(begins), len(values)]).tolist()
+        return np.diff(np.append(np.flatnonzero(begins), len(values))).tolist()
 
     assert sizes(0.01, 0.04, 0.01, 0.02, 0.01) == [4, 1]  # low joins low; four at most
     assert sizes(2.0, 0.5, 0.59, 0.7) == [3, 1]  # 0.3 times the largest, not the last

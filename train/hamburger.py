@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -198,7 +198,10 @@ def optimizer(schedule: optax.Schedule, *, base_rate: float = 0.5) -> optax.Grad
     """Muon and Adam as for language models, with the rate of the base `base_rate` times that of the new parts."""
     if not 0 <= base_rate:
         raise ConfigError(f"base_rate: got {base_rate!r}, accepts 0 or more")
-    parts = {"base": lm.muon(lambda count: base_rate * schedule(count)), "new": lm.muon(schedule)}
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        "base": lm.muon(lambda count: base_rate * schedule(count)),
+        "new": lm.muon(schedule),
+    }
     return optax.partition(parts, lambda params: {name: "base" if name == "base" else "new" for name in params})
 
 
