@@ -270,11 +270,11 @@ def test_a_run_killed_with_sigkill_resumes_to_the_same_bits(tmp_path):
         spec = importlib.util.spec_from_file_location("chunks", sys.argv[1])
         chunks = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(chunks)
-        which, state = chunks.recipe()
+        undisturbed, _ = chunks.recipe()
         def data(step):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return which.data(step)
+            return undisturbed.data(step)
         which, state = chunks.recipe(data=data)
         chunks.loop.train(which, state, chunks.RUN, sys.argv[2])
     """)

@@ -102,7 +102,8 @@ class Tokens:
     def chunk(self, i: jax.Array) -> Tokens:
         """Chunk i: `[B, C]` each."""
         names = ("ids", "targets", "positions", "segments", "counted")
-        return self.replace(**{n: lax.dynamic_index_in_dim(getattr(self, n), i, keepdims=False) for n in names})
+        own = {n: lax.dynamic_index_in_dim(getattr(self, n), i, keepdims=False) for n in names}
+        return dataclasses.replace(self, **own)
 
 
 def cut(batch: dict[str, Any], size: int, panel: int) -> Tokens:
@@ -200,8 +201,8 @@ def _run(objective: Chunkwise, params, tokens: Tokens, keys, relays, i) -> Any:
     at = (i * tokens.size).astype(jnp.int32)
     relays = _empty(objective, tokens, relays=True) if relays is None else relays
     states = tuple(
-        RelayState(*pair, *relay, tokens.all_positions, tokens.all_segments, at)
-        for pair, relay in zip(keys, relays, strict=True)
+        RelayState(k, v, relay_k, relay_v, tokens.all_positions, tokens.all_segments, at)
+        for (k, v), (relay_k, relay_v) in zip(keys, relays, strict=True)
     )
     cache = Cache(states, _cache(objective, tokens).specs)
     output, _ = step(params, own.ids, own.positions, cache, mask=Segments(own.segments))

@@ -94,7 +94,7 @@ class Relay(SpecBase):
         return min(self.panel, self.capacity)
 
     def init(self, batch: int) -> RelayState:
-        """An empty State; `State.replace` gives it the positions and segments of the sequence."""
+        """An empty State; whoever trains gives it the positions and segments of the sequence."""
         shape = (batch, self.attention.num_kv_heads, self.capacity, self.attention.head_dim)
         zeros, relay = jnp.zeros(shape, self.dtype), jnp.zeros(shape, sum_dtype(jnp.dtype(self.dtype)))
         nowhere = jnp.full((batch, self.capacity), -1, jnp.int32)
@@ -110,10 +110,10 @@ class Relay(SpecBase):
         turned = jnp.maximum(positions, 0)
         q, k = self.attention.rotate(q, turned), self.attention.rotate(block.k, turned)
         shown = _Shown(state.at, positions, mask.ids, state.pos, state.segments)
-        buffers = (state.relay_k, state.relay_v, state.k, state.v)
-        out, lse, *buffers = _attention(self, q, k.astype(state.k.dtype), block.v, table, *buffers, shown)
-        relay_k, relay_v, k, v = buffers
-        state = state.replace(k=k, v=v, relay_k=relay_k, relay_v=relay_v, at=state.at + q.shape[2])
+        relays = (state.relay_k, state.relay_v)
+        found: Any = _attention(self, q, k.astype(state.k.dtype), block.v, table, *relays, state.k, state.v, shown)
+        out, lse, relay_k, relay_v, k, v = found
+        state = RelayState(k, v, relay_k, relay_v, state.pos, state.segments, state.at + q.shape[2])
         return Part(out, lse), state
 
     def commit(self, state: RelayState, block: Block, path, n, notes: Any = None) -> RelayState:
