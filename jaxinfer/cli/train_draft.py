@@ -91,7 +91,7 @@ def draft(
         recipe.Model(lm.step, lm.params), begun, code, settings, output / "stages", general=general, resume=resume,
         measuring=Measuring(gamma=gamma), loop_config={"save_every": save_every},
         told=lambda stage, found: note(f"{stage}: {_line(found)}"),
-        answered=lambda done, total: note(f"answers: {done} of {total} parts") if done == total else None,
+        answered=training.counter("parts of the target's answers"),
     )  # fmt: skip
     training.export(lm, params, output, step=begun.step)
     found = {"target": target, "settings": dataclasses.asdict(settings), "stages": reports}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,6 +73,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run_it(**values: Any) -> None:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we tell in one line
         try:
             command(**values)
         except KeyboardInterrupt:
@@ -99,6 +102,16 @@ def check_writable(folder: Path) -> None:
     probe = folder / ".writable"
     probe.write_bytes(b"")
     probe.unlink()
+
+
+def counter(what: str) -> Callable[[int, int], None]:
+    """Tells of (done, total), on a line of a terminal that is written over."""
+
+    def tell(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            typer.echo(f"\r{what} {done}/{total} ", nl=done == total, err=True)
+
+    return tell
 
 
 def load_target(name: str) -> LanguageModel:
