@@ -10,6 +10,8 @@ import pytest
 
 import jaxinfer
 from jaxinfer import decode
+from jaxinfer.checkpoint import hub
+from jaxinfer.models.heads import load_head
 from jaxinfer.models.hf import load_config
 from jaxinfer.train.data import standard_library
 
@@ -29,6 +31,20 @@ def test_small_enough_and_of_one_vocabulary():
     target, draft = (load_config(ASSETS / name) for name in NAMES)
     assert (target.vocab_size, target.eos) == (draft.vocab_size, draft.eos)
     assert len({(ASSETS / name / "tokenizer.json").read_bytes() for name in NAMES}) == 1
+
+
+def test_packaged_heads_are_small_and_of_this_target():
+    """Each fits the target that is shipped beside it, and its card names the figure in scripts/results."""
+    results = Path(__file__).parent.parent / "scripts/results"
+    target = jaxinfer.load("tinycode", dtype="float32")
+    for folder in (file.parent for file in ASSETS.glob("*/heads.json")):
+        assert folder.name in hub.PACKAGED_HEADS and hub.resolve(folder.name) == folder
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
+        head = load_head(folder)
+        head.check(target.config, target.params)
+        if (measured := results / f"train_heads-{head.head.kind}-cpu.json").is_file():
+            [row] = json.loads(measured.read_text())["rows"]
+            assert f"{row['tokens_per_forward']:.2f} tokens a forward" in (folder / "README.md").read_text()
 
 
 def test_cards_say_what_was_measured():

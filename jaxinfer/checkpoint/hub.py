@@ -15,6 +15,8 @@ from pathlib import Path
 from jaxinfer.errors import CheckpointError, InputError
 
 PACKAGED = ("tinycode", "tinycode-draft")
+# Draft heads of tinycode; a release ships those of them that pay.
+PACKAGED_HEADS = ("tinycode-medusa", "tinycode-eagle", "tinycode-chimera", "tinycode-ppd")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Weights other than safetensors are never read, so they are not fetched either.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -23,8 +25,8 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 def resolve(name: str | os.PathLike[str], *, revision: str | None = None, download: bool = False) -> Path:
     """The local directory of a checkpoint named by `name`.
 
-    In this order: "tinycode" and "tinycode-draft" are the packaged models (write ./tinycode for a folder of that name);
-    a directory is itself; "owner/name" is looked up in the local Hub cache (HF_HOME and HF_HUB_CACHE are honoured by
+    In this order: "tinycode" and "tinycode-draft" are the packaged models (write ./tinycode for a folder of that name),
+    "tinycode-medusa" and its like packaged heads, where they are installed; a directory is itself; "owner/name" is looked up in the local Hub cache (HF_HOME and HF_HUB_CACHE are honoured by
     huggingface_hub). With `download=True` what is missing is fetched. Raises CheckpointError that says what to do.
     """
     text = os.fspath(name)
@@ -32,6 +34,8 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, downlo
         raise InputError(f"{text!r} is no model; give a directory, owner/name or one of {', '.join(PACKAGED)}")
     if text in PACKAGED:
         return _packaged(text)
+    if (head := packaged_head(text)) is not None:
+        return head
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -40,6 +44,13 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, downlo
     if isinstance(name, str) and _REPOSITORY.fullmatch(text):
         return _from_hub(text, revision, download)
     raise CheckpointError(_no_such_path(text, path))
+
+
+def packaged_head(name: str) -> Path | None:
+    """The directory of a packaged draft head; None where there is none of that name in this installation."""
+    directory = importlib.resources.files("jaxinfer") / "assets" / name
+    found = name in PACKAGED_HEADS and isinstance(directory, Path) and (directory / "heads.json").is_file()
+    return Path(str(directory)) if found else None
 
 
 def _packaged(name: str) -> Path:

@@ -176,7 +176,7 @@ def draft_for(model: str, draft_model: str | None, drafters: str | None) -> str 
         return draft_model
     part = _runs(DRAFTERS.kind(wants))
     packaged = "tinycode-draft" if part == "step" else f"tinycode-{wants}"
-    if model == "tinycode" and packaged in hub.PACKAGED:
+    if model == "tinycode" and (packaged in hub.PACKAGED or hub.packaged_head(packaged) is not None):
         return packaged
     accepted = f"a smaller model of {model}'s vocabulary" if part == "step" else f"a {wants} head trained on {model}"
     raise InputError(f"--drafter {wants}: got no --draft-model; accepted: {accepted}")
