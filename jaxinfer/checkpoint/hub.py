@@ -26,8 +26,9 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, downlo
     """The local directory of a checkpoint named by `name`.
 
     In this order: "tinycode" and "tinycode-draft" are the packaged models (write ./tinycode for a folder of that name),
-    "tinycode-medusa" and its like packaged heads, where they are installed; a directory is itself; "owner/name" is looked up in the local Hub cache (HF_HOME and HF_HUB_CACHE are honoured by
-    huggingface_hub). With `download=True` what is missing is fetched. Raises CheckpointError that says what to do.
+    "tinycode-medusa" and its like packaged heads, where they are installed; a directory is itself; "owner/name" is
+    looked up in the local Hub cache (HF_HOME and HF_HUB_CACHE are honoured by huggingface_hub). With `download=True`
+    what is missing is fetched. Raises CheckpointError that says what to do.
     """
     text = os.fspath(name)
     if not text or "\0" in text:
