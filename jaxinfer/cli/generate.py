@@ -39,6 +39,7 @@ def generate(
     input: options.InputFiles = None,
     output: Output = None,
     model: options.Model = "tinycode",
+    adapter: options.Adapter = None,
     draft_model: options.DraftModel = None,
     drafter: Drafter = None,
     weights: options.Weights = "auto",
@@ -74,7 +75,7 @@ def generate(
                 "generate: got a job's option with --prompt; accepted: --output, --dry-run and --force-new with --input"
             )
         text = sys.stdin.read() if prompt == "-" else prompt
-        lm = one.prepare(model, draft_model, options.format_of(weights, cache), max_length)
+        lm = one.prepare(model, draft_model, options.format_of(weights, cache, adapter), max_length)
         room = one.room(lm, [text], sampling.max_tokens)
         one.answer(
             lm, text, sampling, seed=seed or 0, as_json=as_json,
@@ -86,5 +87,6 @@ def generate(
     asked = job.Asked(
         inputs=input or [], output=output, model=model, draft_model=draft_model, drafter=drafter, weights=weights,
         cache=cache, batch_size=batch_size, max_length=max_length, seed=seed, force_new=force_new, sampling=sampling,
+        adapter=adapter,
     )  # fmt: skip
     raise typer.Exit(job.dry_run(asked) if dry_run else job.run(asked))

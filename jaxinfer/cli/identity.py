@@ -25,6 +25,7 @@ def fingerprint(asked: Asked, plan: Plan) -> dict[str, Any]:
     return {
         "model": digest(plan.directory),
         "draft_model": None if plan.draft_directory is None else digest(plan.draft_directory),
+        "adapter": None if asked.adapter is None else digest(Path(asked.adapter)),
         "drafter": asked.drafter,
         "weights": asked.weights,
         "dtype": plan.step.dtype,

@@ -45,6 +45,7 @@ class Asked:
     seed: int | None
     force_new: bool
     sampling: SamplingParams
+    adapter: str | None = None
 
     @property
     def slots(self) -> int | None:
@@ -88,7 +89,7 @@ def plan_of(asked: Asked) -> Plan:
     from jaxinfer.checkpoint.tokenizer import Tokenizer
     from jaxinfer.decode.language_model import TextCodec
 
-    chosen = options.format_of(asked.weights, asked.cache)
+    chosen = options.format_of(asked.weights, asked.cache, asked.adapter)
     directory = hub.resolve(asked.model)
     step = options.step_of(directory, chosen, asked.max_length)
     tokenizer = Tokenizer.load(directory)
@@ -132,7 +133,7 @@ def run(asked: Asked) -> int:
     compiled.use_cache()
     compiled.announce()
     drafter = options.drafter_step(asked.drafter, plan.draft_step, plan.step)
-    width, chosen = drafter.width + 1, options.format_of(asked.weights, asked.cache)
+    width, chosen = drafter.width + 1, options.format_of(asked.weights, asked.cache, asked.adapter)
 
     @functools.cache
     def load() -> LanguageModel:

@@ -33,6 +33,10 @@ Weights = Annotated[
         help="Format of the weights: auto, f32, bf16, f16, int8[:group=64], int4, fp8, ...: see `jaxinfer methods`.",
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", help="A folder of `jaxinfer train adapter`, or PEFT's LoRA, trained for the model."),
+]
 CacheKind = Annotated[
     str, typer.Option("--cache", help="Format of the cache: auto, dense, int8[:group=64], sink[:sinks=4,window=1020].")
 ]
@@ -114,22 +118,29 @@ class DenseCache:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """`--weights` and `--cache` as values: `dtype` of what is not quantized, `rules` for `quant.apply`, the cache."""
+    """`--weights`, `--cache` and `--adapter` as values: `dtype` of what is not quantized, `rules` for `quant.apply`,
+    the cache, the adapter's folder."""
 
     dtype: str
     rules: tuple[tuple[str, Any], ...]
     cache: Any
+    adapter: str | None = None
 
 
-def format_of(weights: str, cache: str) -> Format:
-    """The two options parsed; InputError lists what they accept."""
+def format_of(weights: str, cache: str, adapter: str | None = None) -> Format:
+    """The options parsed; InputError lists what they accept."""
+    if adapter is not None:
+        from jaxinfer.models.adapters import CONFIG, holds_adapter
+
+        if not holds_adapter(adapter):
+            raise InputError(f"--adapter: got {adapter}; accepted: a folder with {CONFIG}")
     rules: tuple[tuple[str, Any], ...] = ()
     dtype = "auto"
     if weights in ("auto", *DTYPES):
         dtype = weights
     else:
         rules = rules_of(WEIGHTS.parse(weights))
-    return Format(dtype_of(dtype), rules, CACHES.parse(cache))
+    return Format(dtype_of(dtype), rules, CACHES.parse(cache), adapter)
 
 
 def rules_of(spec: Any) -> tuple[tuple[str, Any], ...]:
@@ -159,8 +170,9 @@ def load(model: str, chosen: Format, *, max_length: int | None, draft_model: str
     from jaxinfer.decode.language_model import load as load_model
 
     return load_model(
-        model, dtype=chosen.dtype, max_length=max_length, cache=chosen.cache, weights=chosen.rules, draft=draft_model
-    )
+        model, dtype=chosen.dtype, max_length=max_length, cache=chosen.cache, weights=chosen.rules,
+        adapter=chosen.adapter, draft=draft_model,
+    )  # fmt: skip
 
 
 def draft_for(model: str, draft_model: str | None, drafters: str | None) -> str | None:

@@ -37,6 +37,7 @@ from jaxinfer.decode.run import Answer, Completion, Run, bucket
 from jaxinfer.decode.types import Drafter, Reason
 from jaxinfer.errors import InputError
 from jaxinfer.models import ModelConfig, Step
+from jaxinfer.models.adapters import load_adapter
 from jaxinfer.models.heads import Head, LoadedHead, holds_head, load_head
 from jaxinfer.models.hf import load_config, load_directory
 from jaxinfer.models.step import AutoCache, CachePolicy
@@ -289,6 +290,7 @@ def load(
     max_length: int | None = None,
     cache: CachePolicy | None = None,
     weights: Sequence[tuple[str, Any]] = (),
+    adapter: str | os.PathLike[str] | None = None,
     shardings: Callable[[Step], Any] | None = None,
     draft: str | os.PathLike[str] | LanguageModel | LoadedHead | None = None,
     download: bool = False,
@@ -297,6 +299,8 @@ def load(
 
     `dtype` of weights and cache: "auto" is float32 on a CPU, bfloat16 elsewhere. `max_length`: the longest prompt and
     answer together (default: the config's). `weights`: rules as for `quant.apply`, used on each weight as it is loaded.
+    `adapter`: a folder of adapters trained for this model (`jaxinfer train adapter`, or PEFT's LoRA), merged into plain
+    weights and kept beside quantized ones.
     `shardings`: where the weights go, given the Step (`lambda step: sharding.shardings(step, mesh, rules)`). `draft`: a
     smaller model of the same vocabulary, or a folder of a head trained on this one, that drafts for it. Raises
     CheckpointError, ConfigError or InputError.
@@ -312,6 +316,8 @@ def load(
         directory, dtype=dtype, max_length=max_length,
         shardings=None if shardings is None else shardings(step), on_leaf=_quantizer(step, weights),
     )  # fmt: skip
+    if adapter is not None:
+        params = merged(load_adapter(config, params, adapter))
     if draft is not None and not isinstance(draft, LanguageModel | LoadedHead):
         found = hub.resolve(draft, download=download)
         if holds_head(found):
@@ -319,6 +325,16 @@ def load(
         else:
             draft = load(found, dtype=dtype, max_length=config.max_length)
     return LanguageModel(step, params, tokenizer, template, draft, directory)
+
+
+def merged(params: Any) -> dict[str, Any]:
+    """Params with their adapters merged into plain weights; over quantized ones they stay, since those would grow."""
+
+    def one(_: str, leaf: Any) -> Any:
+        plain = quant.is_adapter(leaf) and isinstance(leaf.base, jax.Array)
+        return quant.merge({"w": leaf})["w"] if plain else leaf
+
+    return quant.map_leaves(one, params)
 
 
 def _quantizer(step: Step, rules: Sequence[tuple[str, Any]]) -> Callable[[str, jax.Array], Any] | None:

@@ -177,7 +177,7 @@ def _from_peft(
     odd = [f"{name}={record[name]!r}" for name, plain in _PLAIN.items() if record.get(name) not in plain]
     if odd:
         raise ConfigError(f"{directory / CONFIG}: more than LoRA: {', '.join(odd)}; accepted: plain LoRA of matrices")
-    rest = set(weights)
+    rest = set(weights) - _unchanged(config, params, weights)
     found = []
     for path, place in _places(config, params).items():
         module = place.names[0].removesuffix(".weight")
@@ -198,9 +198,25 @@ def _from_peft(
             raise CheckpointError(f"{directory / ARRAYS}: {module}: {error}") from None
         found.append((path, leaf))
     if rest or not found:
-        what = f"tensors {sorted(rest)[:3]} belong to no matrix of this model" if rest else "no adapter in it"
+        what = f"tensors {sorted(rest)[:3]} adapt no matrix of this model" if rest else "no adapter in it"
         raise CheckpointError(f"{directory / ARRAYS}: {what}")
     return quant.build(found)
+
+
+def _unchanged(config: ModelConfig, params: Any, weights: Weights) -> set[str]:
+    """Names of the model's own weights in the file: `peft` copies embedding and head along where one is adapted."""
+    bases, found = dict(quant.leaves(quant.detach(params))), set()
+    for path, place in _places(config, params).items():
+        module = place.names[0].removesuffix(".weight")
+        for name in (f"{PREFIX}{module}.weight", f"{PREFIX}{module}.base_layer.weight"):
+            base = bases[path]
+            if name not in weights or place.stacked or place.rows is not None or hasattr(base, "map_axes"):
+                continue
+            theirs = weights.read(name)
+            ours = np.asarray(base).T if place.transpose else np.asarray(base)
+            if theirs.shape == ours.shape and np.array_equal(theirs.astype(ours.dtype), ours):
+                found.add(name)
+    return found
 
 
 def _scale(record: Mapping[str, Any], module: str, rank: int, directory: Path) -> float:
