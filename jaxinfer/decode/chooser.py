@@ -154,6 +154,11 @@ class Chooser(DrafterBase):
         return self.drafter.head
 
     @property
+    def bind(self) -> Any:
+        """How the drafter's head takes its target, where it has one."""
+        return self.drafter.bind
+
+    @property
     def vocab_size(self) -> int:
         """The drafter's vocabulary, where it has one."""
         return self.drafter.vocab_size

@@ -79,31 +79,24 @@ class Subject:
 
     def _make(self, method: str, setting: Setting) -> tuple[Any, Any]:
         name = method.rpartition("drafter=")[2].partition(":")[0]
-        folder = f"tinycode-{name}"
-        loaded = load_head(hub.resolve(folder), dtype="float32") if _is_head(folder) else None
+        folder = hub.packaged_head(f"tinycode-{name}")
+        loaded = None if folder is None else load_head(folder, dtype="float32")
         if loaded is None and name in DRAFTERS.entries and name != "auto" and "head" in _fields(DRAFTERS.kind(name)):
-            raise InputError(f"{name}: got no packaged head {folder}; accepted: one of {', '.join(hub.PACKAGED)}")
-        head, head_params = (None, None) if loaded is None else (loaded.head, loaded.params)
-        step = None if loaded is not None else self.draft_step
-        drafter: Any = DRAFTERS.parse(method, step=step, head=head, target=self.step)
+            raise InputError(f"{name}: got no packaged head; accepted: a method without one, until it is trained")
+        part = {"step": self.draft_step, "head": None} if loaded is None else {"step": None, "head": loaded.head}
+        drafter: Any = DRAFTERS.parse(method, target=self.step, **part)
         if isinstance(drafter, Auto):
             drafter = Chooser.measured(
                 drafter.inner, self.step, self.params, batch=setting.batch, capacity=setting.width + setting.tokens,
                 draft_params=self.draft_params, gain=drafter.gain, together=drafter.together, probe=drafter.probe,
             )  # fmt: skip
-        return drafter, head_params if hasattr(drafter, "head") else self.draft_params if _runs(drafter) else None
-
-
-def _is_head(folder: str) -> bool:
-    return folder in hub.PACKAGED and folder != "tinycode-draft"
+        if loaded is not None:
+            return drafter, drafter.bind(loaded.params, self.params)
+        return drafter, self.draft_params if hasattr(drafter, "step") else None
 
 
 def _fields(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
-
-
-def _runs(drafter: Any) -> bool:
-    return hasattr(drafter, "step")
 
 
 def begun(subject: Subject, method: str, setting: Setting, group: tuple[jax.Array, jax.Array], key: jax.Array) -> Any:
