@@ -72,23 +72,20 @@ def group(
     place = np.arange(length) - first
     segment = np.cumsum(windows == end, 1)
     opened = np.maximum.accumulate(np.where(windows == end, np.arange(length), 0), 1)
-    whole = np.zeros((batch, length + 1, size), np.int32)
+    width = max(length, steps) + 1
+    whole = np.zeros((batch, width, size), np.int32)
     whole[rows, number, place] = windows
-    sizes, last = np.zeros((2, batch, length + 1), np.int32)
+    sizes, last = np.zeros((2, batch, width), np.int32)
     np.maximum.at(sizes, (rows, number), place + 1)
     np.maximum.at(last, (rows, number), np.arange(length))
-    closed = np.arange(length + 1) < number[:, -1:]  # the window may have cut its last group short
-    sizes = np.where(closed, sizes, 0)
-    padded = np.pad(sizes, ((0, 0), (0, max(0, steps + 1 - sizes.shape[1]))))
-    whole = np.pad(whole, ((0, 0), (0, max(0, steps + 1 - whole.shape[1])), (0, 0)))
-    last = np.pad(last, ((0, 0), (0, max(0, steps + 1 - last.shape[1]))))
+    sizes = np.where(np.arange(width) < number[:, -1:], sizes, 0)  # the window may have cut its last group short
     position, segments = (last - opened[rows, last])[:, :steps], segment[rows, last][:, :steps]
-    live = (padded[:, :steps] > 0) & (padded[:, 1 : steps + 1] > 0)
-    target_sizes = np.where(live, padded[:, 1 : steps + 1], 0)
+    live = (sizes[:, :steps] > 0) & (sizes[:, 1 : steps + 1] > 0)
+    target_sizes = np.where(live, sizes[:, 1 : steps + 1], 0)
     starts = last[:, 1 : steps + 1] - target_sizes + 1
     several = np.sort(np.where(target_sizes > 1, np.arange(steps), steps), 1)[:, :micro]
     return {
-        "tokens": whole[:, :steps], "sizes": np.where(live, padded[:, :steps], 0),
+        "tokens": whole[:, :steps], "sizes": np.where(live, sizes[:, :steps], 0),
         "positions": np.where(live, position, -1), "segments": segments,
         "targets": whole[:, 1 : steps + 1], "target_sizes": target_sizes,
         "stops": (live & trained[rows, np.minimum(starts, length - 1)]).astype(np.int32), "several": several,
