@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import decode
-from jaxinfer.decode import Chooser, Config, CopySpec, DraftModel, Features, Proposal, Sampling, Verdict
+from jaxinfer.decode import Chooser, Config, CopySpec, DraftModel, Features, Proposal, Sampling, TokenRecycling, Verdict
 from jaxinfer.decode.chooser import FORGET, PRIOR, WEIGHT
 from jaxinfer.errors import ConfigError
 from jaxinfer.measure import LatencyCurve
@@ -252,18 +252,21 @@ class Forgetful(Chooser):
         return after if proposal.tokens.shape[1] else dataclasses.replace(after, waited=state.waited)
 
 
+COPIES, LEARNS = CopySpec(2, 4), TokenRecycling(nodes=4)  # which learns in plain steps too
+
+
 def test_plain_steps_change_no_choice():
     """Rows that copy here and there, or never: what each drafts and says is as if the drafter were always asked."""
     tokens, lengths = checks.repetitive_prompts()
 
-    def go(kind, **options):
-        drafter = kind(CopySpec(2, 4), MILD, **options)
+    def go(kind, inner=COPIES, **options):
+        drafter = kind(inner, MILD, **options)
         run = toy.Run(checks.MODEL, Config(max_tokens=150, drafter=drafter, features=Features(sample=True)))
         sampling = Sampling.make(4, eos=[-1], max_tokens=150, temperature=1.5)
         result = run(checks.PARAMS, tokens, lengths, sampling=sampling)
         return toy.outputs(result), np.asarray(result.stats.proposed_by_depth).tolist()
 
-    for options in ({}, {"together": True}):
+    for options in ({}, {"together": True}, {"inner": LEARNS}):
         asked = go(Asking, **options)
         assert go(Chooser, **options) == asked
         assert any(map(sum, asked[1]))
