@@ -81,7 +81,6 @@ DRAFTERS = Registry(
     "--drafter",
     {
         "plain": "jaxinfer.decode.autoregressive:Autoregressive",
-        "auto": "jaxinfer.cli.auto:Auto",
         "draft": "jaxinfer.decode.draft_model:DraftModel",
         "prompt-lookup": "jaxinfer.decode.prompt_lookup:PromptLookup",
         "copyspec": "jaxinfer.decode.copyspec:CopySpec",
@@ -99,6 +98,7 @@ DRAFTERS = Registry(
         "eagle": "jaxinfer.decode.eagle:Eagle",
         "chimera": "jaxinfer.decode.chimera:Chimera",
         "ppd": "jaxinfer.decode.ppd:PPD",
+        "auto": "jaxinfer.cli.auto:Auto",
     },
 )
 # Every matrix but the routers: they are tiny, and a wrong expert costs more than their bytes.
