@@ -156,6 +156,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.quant.lora:lora",
         paper=Paper("Hu et al.", 2021, "2106.09685"),
+        cli="train adapter --kind lora",
     ),
     Method(
         name="paca",
@@ -164,6 +165,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.quant.paca:Paca",
         paper=Paper("Woo et al.", 2025, "2503.01905"),
+        cli="train adapter --kind paca",
     ),
     Method(
         name="soka",
@@ -172,6 +174,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.quant.soka:Soka",
         paper=Paper("Chong, Qu", 2025, "2506.15251"),
+        cli="train adapter --kind soka",
     ),
     Method(
         name="hydra",
@@ -180,6 +183,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.quant.hydra:Hydra",
         paper=Paper("Kim et al.", 2023, "2309.06922"),
+        cli="train adapter --kind hydra",
     ),
     Method(
         name="extended-rows",
