@@ -222,7 +222,12 @@ def default_drafter(draft_model: str | None) -> str:
 def drafter_step(text: str | None, draft: Step | Head | None, target_step: Step | None = None) -> Any:
     """The drafter of `--drafter`, drafting with `draft` for `target_step`; plain without one. `auto` is an `auto.Auto`,
     which has yet to be measured."""
-    part = {} if draft is None else {"head" if hasattr(draft, "kind") else "step": draft}
+    name, kind = (text or "plain").partition(":")[0], getattr(draft, "kind", None)  # a model has no kind
+    runs = _runs(DRAFTERS.kind(name)) if name in DRAFTERS.entries else None
+    if (runs == "head" and kind != name) or (runs == "step" and kind is not None):
+        got = "no --draft-model" if draft is None else "a model" if kind is None else f"a {kind} head"
+        raise InputError(f"--drafter {name}: got {got}; accepted: {f'a {name} head' if runs == 'head' else 'a model'}")
+    part = {} if draft is None else {"head" if kind else "step": draft}
     return DRAFTERS.parse(text or "plain", **{"step": None, "head": None, "target": target_step, **part})
 
 
