@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,9 @@ def _generate(step, params, prompts, lengths, config, sampling, key, row_ids):
 def _read(file: Path) -> dict[str, np.ndarray] | None:
     """A part; None where it is missing or damaged, since it can be made again."""
     try:
-        with np.load(file) as found:
+        with file.open("rb") as opened, np.load(opened) as found:
             return {key: found[key] for key in ("tokens", "prompt_length", "length")}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
