@@ -11,15 +11,16 @@ import pytest
 from jaxinfer import cache as kv
 from jaxinfer import decode, quant
 from jaxinfer.decode import Config, First, PromptLookup, open_routers
-from jaxinfer.decode.first import Gated, GatedState, routed
-from jaxinfer.errors import ConfigError, InputError
+from jaxinfer.decode.first import Gated, GatedState, load_first, routed, save_routers
+from jaxinfer.errors import CheckpointError, ConfigError, InputError
 from jaxinfer.models import ModelConfig, Step
+from jaxinfer.models.adapters import save_adapter
 from tests import toy
 
-V, LAYERS, ANSWER = 11, 3, 8
+V, LAYERS, ANSWER = 11, 2, 8
 STEP = Step(ModelConfig(
     vocab_size=V, hidden_size=16, num_layers=LAYERS, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=24,
-    max_length=64, windows=(None, 6, None),
+    max_length=64, windows=(None, 6),
 ))  # fmt: skip
 FIRST = First(STEP)
 TOKENS, LENGTHS = toy.prompts(1, 4, 10, V, lengths=[1, 10, 6, 9])
@@ -35,7 +36,7 @@ def base():
 @pytest.fixture(scope="module")
 def params():
     """Routers of which some say yes and some no, differently in each row."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(13)
     router = jnp.asarray(rng.normal(0, 3.0, (LAYERS, 16)), jnp.float32)
     return {**base(), "first": {"router": router, "bias": jnp.zeros(LAYERS)}}
 
@@ -80,10 +81,11 @@ def test_an_answer_is_that_of_the_chosen_layers(params, gates):
 
 def test_all_routers_open_is_the_base_model_to_the_bit(params):
     opened = {**params, "first": open_routers(STEP.config)}
-    config = dataclasses.replace(CONFIG, logprobs=0)
-    first, plain = run(FIRST, config)(opened, TOKENS, LENGTHS), run(STEP, config)(params, TOKENS, LENGTHS)
-    np.testing.assert_array_equal(first.tokens, plain.tokens)
-    np.testing.assert_array_equal(first.logprobs.chosen, plain.logprobs.chosen)
+    first, plain = run(FIRST).start(opened, TOKENS, LENGTHS), run(STEP).start(params, TOKENS, LENGTHS)
+    first, plain = run(FIRST).advance(opened, first, steps=6), run(STEP).advance(params, plain, steps=6)
+    np.testing.assert_array_equal(first.seq.tokens, plain.seq.tokens)
+    for layer, base_layer in zip(first.cache.states, plain.cache.states, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, layer.inner, base_layer)
 
 
 def test_a_skipped_layer_stores_nothing(params, gates):
@@ -111,9 +113,8 @@ def test_a_decision_moves_with_its_row(params, gates):
 def test_under_a_drafter_and_over_quantized_weights(params):
     weights = quant.apply(params, [(r"layers_.*", quant.Int8())])
     drafted = dataclasses.replace(CONFIG, drafter=PromptLookup(drafts=3))
-    for tree in (params, weights):
-        plain = run(FIRST)(tree, TOKENS, LENGTHS)
-        assert toy.outputs(run(FIRST, drafted)(tree, TOKENS, LENGTHS)) == toy.outputs(plain)
+    plain = run(FIRST)(weights, TOKENS, LENGTHS)
+    assert toy.outputs(run(FIRST, drafted)(weights, TOKENS, LENGTHS)) == toy.outputs(plain)
 
 
 def test_a_layer_that_no_row_needs_is_not_run(params):
@@ -170,14 +171,31 @@ class Stores(First):
         return kv.Cache(cache.states, tuple(StoresSkipped(spec.inner) for spec in cache.specs))
 
 
-@pytest.mark.parametrize("bug", [DecidesByChunk(STEP), OneForAll(STEP)])
-def test_planted_bugs_are_seen(params, gates, bug):
-    assert toy.outputs(run(bug)(params, TOKENS, LENGTHS)) != greedy(params, gates)
+def test_planted_bugs_are_seen(params, gates):
+    for step, sound in ((FIRST, True), (DecidesByChunk(STEP), False), (OneForAll(STEP), False)):
+        opened = toy.quick_jit(step.read_prompt)(params, step.new_cache(4, 24), TOKENS, LENGTHS)
+        runs = np.stack([layer.runs for layer in opened.states], 1)
+        assert (runs == gates).all() == sound
 
 
 def test_keys_that_a_skipped_layer_stored_are_seen(params, gates):
     state = run(Stores(STEP)).start(params, TOKENS, LENGTHS)
     assert any((np.asarray(layer.inner.t) > 0)[~gates[:, i]].any() for i, layer in enumerate(state.cache.states))
+
+
+def test_a_folder_brings_routers_and_adapter_to_their_model(params, tmp_path):
+    plain = {name: leaf for name, leaf in params.items() if name != "first"}
+    adapted = quant.adapt(plain, [(r"layers_0/.*", quant.Lora(rank=2))], jax.random.key(0))
+    save_routers(tmp_path, params)
+    step, loaded = load_first(STEP, plain, tmp_path)
+    assert step == FIRST
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    save_adapter(STEP.config, adapted, tmp_path / "adapter")
+    assert quant.adapters(load_first(STEP, plain, tmp_path)[1]).keys() == {"layers_0"}
+    with pytest.raises(ConfigError, match="another model"):
+        load_first(STEP, {**plain, "embedding": plain["embedding"] + 1}, tmp_path)
+    with pytest.raises(CheckpointError, match="no first.safetensors"):
+        load_first(STEP, plain, tmp_path / "adapter")
 
 
 def test_what_does_not_fit_is_refused(params):

@@ -28,7 +28,7 @@ def first(
 ) -> None:
     """Train FiRST: first routers on the frozen model, then LoRA adapters under these routers.
 
-    The folder holds `first.safetensors` and the adapter; `decode.first.load_routers` and `--adapter` read them.
+    The folder holds `first.safetensors`, and the adapter in `adapter/`; `jaxinfer.decode.first.load_first` reads both.
 
     \b
     Example:
@@ -68,6 +68,6 @@ def first(
     state = loop.init_state(trained, adapted, jax.random.key(seed))
     state = training.Run(output, steps, resume, save_every).train(adapted, state, "adapters")
     params = {k: v for k, v in quant.join(state.params, frozen).items() if k != "first"}
-    save_adapter(model.step.config, params, output, base_name=target)
+    save_adapter(model.step.config, params, output / "adapter", base_name=target)
     note(f"wrote {output}")
     print_json({"output": str(output)})

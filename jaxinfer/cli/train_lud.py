@@ -74,7 +74,6 @@ def lud(
             "examples": examples, "outside": outside, "rank": rank,
         },
     )  # fmt: skip
-    before = text.bits_per_byte(model.step, model.params, documents=16)
     state = run.train(recipe, loop.init_state(trained, recipe, jax.random.key(seed)))
     params = state.params
     if rank:
@@ -82,6 +81,6 @@ def lud(
         save_adapter(model.step.config, params, output / "adapter", base_name=target)
         params = quant.merge(params)
     training.export(model, params, output)
-    after = text.bits_per_byte(model.step, params, documents=16)
+    before, after = (text.bits_per_byte(model.step, tree, documents=16) for tree in (model.params, params))
     note(f"wrote {output}: {before:.3f} bits per byte of held-out text before, {after:.3f} after")
     print_json({"output": str(output), "bits_per_byte_before": before, "bits_per_byte": after})

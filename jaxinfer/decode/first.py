@@ -40,6 +40,7 @@ from jaxinfer.checkpoint.safetensors_io import open_weights
 from jaxinfer.checkpoint.safetensors_save import Entry, write_file
 from jaxinfer.errors import CheckpointError, ConfigError, InputError
 from jaxinfer.models import ModelConfig, Output, Step
+from jaxinfer.models.adapters import holds_adapter, load_adapter
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.models.heads.files import embedding_digest
 from jaxinfer.ops.attention import AttentionSpec, Part
@@ -221,10 +222,10 @@ def save_routers(directory: str | os.PathLike[str], params: Any) -> Path:
     return path
 
 
-def load_routers(step: Step, params: Any, directory: str | os.PathLike[str]) -> tuple[First, Any]:
-    """The model of `step` and `params` with the routers of a folder: a `First` and its params.
+def load_first(step: Step, params: Any, directory: str | os.PathLike[str]) -> tuple[First, Any]:
+    """The model of `step` and `params` with the routers of a folder, over its adapter where it holds one (`adapter/`).
 
-    Raises CheckpointError where there are none, ConfigError where they are another model's.
+    Raises CheckpointError where there are no routers, ConfigError where they are another model's.
     """
     path = Path(directory) / ROUTERS
     if not path.is_file():
@@ -233,6 +234,8 @@ def load_routers(step: Step, params: Any, directory: str | os.PathLike[str]) -> 
     digest, own = weights.metadata.get("embedding"), embedding_digest(params)
     if None not in (digest, own) and digest != own:
         raise ConfigError(f"{path}: the routers were trained on another model (its embedding differs)")
+    if holds_adapter(path.parent / "adapter"):
+        params = load_adapter(step.config, params, path.parent / "adapter")
     params = {**params, "first": {name: jnp.asarray(weights.read(name)) for name in weights}}
     _routers(step.config, params)
     return First(step), params
