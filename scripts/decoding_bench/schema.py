@@ -20,18 +20,21 @@ from jaxinfer.decode import Autoregressive
 from jaxinfer.decode.run import Answer, Completion, Run
 from jaxinfer.train.data import Document, standard_library
 
-WORD = {"type": "string", "pattern": "^[A-Za-z_][A-Za-z_0-9]{0,23}$"}
+WORD = {"type": "string", "pattern": "^[A-Za-z_][A-Za-z_0-9]{0,15}$"}
 SCHEMA = {
     "type": "object",
     "properties": {
         "name": WORD,
-        "arguments": {"type": "array", "items": WORD, "maxItems": 6},
+        "arguments": {"type": "array", "items": WORD, "maxItems": 4},
         "statements": {"type": "integer", "minimum": 0, "maximum": 99},
         "documented": {"type": "boolean"},
         "kind": {"enum": ["function", "generator", "coroutine"]},
     },
     "required": ["name", "arguments", "statements", "documented", "kind"],
     "additionalProperties": False,
+    # The library's own option: separators as json.dumps writes them, and so in the example. Else a model in doubt
+    # fills its answer with white space.
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
 }
 SHORTEST, LONGEST, TOKENS, LOOK = 129, 224, 160, 64
 UNCONSTRAINED = "plain, no schema"
