@@ -261,8 +261,8 @@ def test_plain_steps_change_no_choice():
 
     def go(kind, inner=COPIES, **options):
         drafter = kind(inner, MILD, **options)
-        run = toy.Run(checks.MODEL, Config(max_tokens=150, drafter=drafter, features=Features(sample=True)))
-        sampling = Sampling.make(4, eos=[-1], max_tokens=150, temperature=1.5)
+        run = toy.Run(checks.MODEL, Config(max_tokens=300, drafter=drafter, features=Features(sample=True)))
+        sampling = Sampling.make(4, eos=[-1], max_tokens=300, temperature=1.5)
         result = run(checks.PARAMS, tokens, lengths, sampling=sampling)
         return toy.outputs(result), np.asarray(result.stats.proposed_by_depth).tolist()
 

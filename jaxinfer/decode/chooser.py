@@ -19,6 +19,7 @@ step; that is the one thing in which rows touch, and it changes their numbers by
 Where no row will draft (each is off, or its drafter has nothing to propose), the loop runs plain steps, and asks the
 drafter for nothing (`idle`): then a step costs what it costs without a chooser. A row tries again when its wait is over
 and there is something to try; the wait is `probe` steps, and longer where a try costs more than `BUDGET` of that wait.
+A row with fewer than `probe` tokens to go tries no more.
 
 But a row that drafts then costs its neighbours the wider forward. `together` takes one size for the batch, from the
 mean of its rows' expectations: the most tokens a second for the batch, and sampled rows whose draws depend on their
@@ -212,7 +213,7 @@ class Chooser(DrafterBase):
         nothing = self.drafter.idle(params, state.inner, seq)
         if nothing is None:
             return None
-        waits = state.off & ~self._over(state, ~seq.done)
+        waits = state.off & (~self._over(state, ~seq.done) | self._late(seq))
         if self.together:  # a row has ended: the others' mean is another
             waits &= ~(state.alive & seq.done).any()
         return waits | nothing
@@ -221,6 +222,7 @@ class Chooser(DrafterBase):
         """The drafter's first drafts, as many as pay."""
         live = ~seq.done
         state = self.choose(state, live) if self.together else self._sized(state, live)
+        state = dataclasses.replace(state, size=jnp.where(state.off & self._late(seq), 0, state.size))
         inner = self.drafter.shortened(state.inner, state.size)
         proposal, inner = self.drafter.propose(params, inner, seq, cache, key, target_params=target_params, warp=warp)
         proposal = proposal.leading(self.width)
@@ -260,6 +262,11 @@ class Chooser(DrafterBase):
         if self.together:
             waited = jnp.broadcast_to(jnp.where(live, waited, jnp.iinfo(jnp.int32).max).min(), waited.shape)
         return waited >= state.wait - 1
+
+    def _late(self, seq) -> jax.Array:
+        """Rows bool[B] that are too near to their limit for a try to pay back."""
+        left = jnp.where(seq.done, 0, seq.limit - seq.length)
+        return (jnp.broadcast_to(left.max(), left.shape) if self.together else left) < self.probe
 
     def wait(self, m: int) -> int:
         """Steps from one try of `m` drafts to the next."""
