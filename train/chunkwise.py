@@ -64,7 +64,7 @@ class Chunkwise:
     chunk: int = 128
     sampling: Sampling | None = None
     combine: Any = assemble
-    rows: int = 512
+    rows: int = 128
     panel: int = 512
 
     def __post_init__(self):

@@ -59,7 +59,7 @@ class RelayState:
 class RelayCache:
     """Cache policy of training by chunks: one `Relay` a layer. Blocks as for `Relay`."""
 
-    rows: int = 512
+    rows: int = 128
     panel: int = 512
 
     def spec(self, attention: AttentionSpec, capacity: int, dtype: str) -> Relay:
@@ -78,7 +78,7 @@ class Relay(SpecBase):
     attention: AttentionSpec
     capacity: int
     dtype: str = "float32"
-    rows: int = 512
+    rows: int = 128
     panel: int = 512
 
     def __post_init__(self):
