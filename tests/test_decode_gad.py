@@ -60,8 +60,11 @@ def test_drafts_are_those_of_a_forward_without_a_cache(exact):
 
 def test_what_it_cannot_do_is_refused_by_name():
     assert EXACT.verifier == TopBeta(1, 0.0)
-    for change, told in (({"block": 0}, "block: got 0"), ({"pad": 99}, "pad: got 99"), ({"tau": -1.0}, r"tau: got -1")):
+    for change, told in (({"block": 0}, "block: got 0"), ({"pad": -1}, "pad: got -1"), ({"tau": -1.0}, r"tau: got -1")):
         with pytest.raises(ConfigError, match=told):
             dataclasses.replace(EXACT, **change)
+    far = dataclasses.replace(EXACT, pad=checks.V)
+    with pytest.raises(ConfigError, match=f"pad: got {checks.V}, accepts a token id below {checks.V}"):
+        far.init({}, None, toy.sequence([1, 2]), UNREAD)
     with pytest.raises(ConfigError, match="BlockDraft needs its weights"):
         jax.eval_shape(lambda: EXACT.init(None, None, toy.sequence([1, 2]), UNREAD))

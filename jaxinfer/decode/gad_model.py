@@ -44,8 +44,8 @@ class BlockDraft(DrafterBase):
     def __post_init__(self):
         if type(self.block) is not int or self.block < 1:
             raise ConfigError(f"block: got {self.block!r}, accepts a whole number of 1 or more")
-        if not 0 <= self.pad < self.step.vocab_size:
-            raise ConfigError(f"pad: got {self.pad!r}, accepts a token id below {self.step.vocab_size}")
+        if type(self.pad) is not int or self.pad < 0:
+            raise ConfigError(f"pad: got {self.pad!r}, accepts a token id")
         TopBeta(self.beta, self.tau)
 
     @property
@@ -72,6 +72,8 @@ class BlockDraft(DrafterBase):
         """An empty cache of the row's capacity."""
         if params is None:
             raise ConfigError(f"{type(self).__name__} needs its weights: pass draft_params")
+        if self.pad >= self.step.vocab_size:
+            raise ConfigError(f"pad: got {self.pad}, accepts a token id below {self.step.vocab_size}")
         return self.step.new_cache(*seq.tokens.shape)
 
     def prefill(self, params: Any, state: kv.Cache, chunk: Any, output: Any) -> kv.Cache:
