@@ -1,5 +1,7 @@
 """The PPD recipe: what the objective compares, that training helps, and acceptance against decoding's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,7 @@ def test_the_loss_is_the_divergence_from_the_target_one_and_two_tokens_on():
 def test_training_moves_prompt_tokens_alone_and_helps(tmp_path):
     recipe = heads.recipe(STEP, PARAMS, HEAD, batch, steps=60, rate=3e-2, held_out=batch(1000, rows=16))
     state = heads.init_state(STEP, PARAMS, HEAD, recipe, jax.random.key(0))
+    assert recipe.evaluate is not None
     before = recipe.evaluate(state.params)["loss"]
     state = loop.train(recipe, state, loop.LoopConfig(steps=60, log_every=60, curve=False), tmp_path)
     assert jax.tree.map(jnp.shape, state.params) == {"prompts": (2, 2, 16)}
@@ -126,10 +129,10 @@ def test_acceptance_is_that_of_the_targets_own_continuation():
 def test_a_measured_head_is_saved_and_drafts(tmp_path, monkeypatch):
     table = ((0.5, 0.2, 0.1), (0.3, 0.2, 0.1))
     monkeypatch.setattr(ppd, "measure_acceptance", lambda *arguments: table)
-    head = heads.measured(STEP, PARAMS, HEAD, own(), [np.arange(12)])
+    head: Any = heads.measured(STEP, PARAMS, HEAD, own(), [np.arange(12)])
     assert head == PPDHead(HEAD.target, HEAD.prompts, HEAD.copies, table)
     save_head(tmp_path, head, own(), PARAMS, dtype="float32")
-    again = load_head(tmp_path)
+    again: Any = load_head(tmp_path)
     assert again.head == head and hash(again.head) == hash(head)
     drafter = drafter_class(again.head)(head=again.head, target=STEP)
     assert drafter == decode.PPD(head, STEP) and drafter.bind(again.params, PARAMS) is again.params

@@ -125,9 +125,9 @@ class PPD(HeadDrafter):
     ) -> PPD | Autoregressive:
         """The drafter with the most tokens a second on this machine (host): forwards of each size are timed over
         `batch` rows of `capacity` tokens. Plain decoding where no size gains."""
-        curve = Chooser.measured(
-            cls(head, slots=max(sizes)), step, params, batch=batch, capacity=capacity, sizes=tuple(sizes)
-        ).target
+        widest = cls(head, slots=max(sizes))
+        sizes = tuple(size for size in sizes if size <= widest.width)
+        curve = Chooser.measured(widest, step, params, batch=batch, capacity=capacity, sizes=sizes).target
         slots, _ = best_slots(head.acceptance, curve, sizes, head.copies)
         return cls(head, slots=slots) if slots else Autoregressive()
 
