@@ -25,6 +25,7 @@ from jaxinfer.decode.loop import Result, State, advance, begin, finish, generate
 from jaxinfer.decode.lud import LUD, Decided
 from jaxinfer.decode.medusa import Medusa
 from jaxinfer.decode.pearl import Pearl
+from jaxinfer.decode.pearl_devices import PearlDevices
 from jaxinfer.decode.ppd import PPD
 from jaxinfer.decode.prompt_lookup import PromptLookup
 from jaxinfer.decode.sampling import Features, Sampling
@@ -66,6 +67,7 @@ __all__ = [
     "NGrams",
     "PPD",
     "Pearl",
+    "PearlDevices",
     "PromptLookup",
     "Proposal",
     "Reason",
