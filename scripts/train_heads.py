@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         state = loop.train(recipe, state, config, args.out)
     folder = args.export or args.out / "export"
     save_head(folder, head, state.params, model.params)
-    rows = [row for row in metrics.read(args.out / "metrics.jsonl") if "loss" in row and "seconds" in row]
+    rows = [row for row in metrics.read(args.out / "metrics.jsonl") if "total_seconds" in row]
     command = f"python scripts/train_heads.py --kind {args.kind} --steps {args.steps}"
     found = {
         "kind": args.kind,
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "updates": int(state.step),
         "training_tokens": int(state.step) * TOKENS,
-        "minutes": round(rows[-1]["total_seconds"] / 60, 1) if rows else 0.0,
+        "minutes": round(rows[-1]["total_seconds"] / 60, 1),
         **measure(jaxinfer.load("tinycode", dtype="float32", draft=folder), text),
     }
     (folder / "README.md").write_text(model_card(found, command))

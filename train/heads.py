@@ -75,8 +75,8 @@ def look(step: Any, target_params: Any, batch: Any, taps: tuple[int, ...] = ()) 
     """The frozen target over a batch of `data.Stream`."""
     output, _ = step(target_params, batch["ids"], batch["positions"], mask=Segments(batch["segments"]), taps=taps)
     logits = step.head(target_params, output.hidden)
-    names = ("ids", "targets", "segments", "positions")
-    return Seen(output.hidden, output.taps, logits, *(batch[name] for name in names), target_params)
+    given = {name: batch[name] for name in ("ids", "targets", "segments", "positions")}
+    return Seen(hidden=output.hidden, taps=output.taps, logits=logits, params=target_params, **given)
 
 
 def shifted(x: jax.Array, by: int) -> jax.Array:

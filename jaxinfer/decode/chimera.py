@@ -90,7 +90,8 @@ class Chimera(HeadDrafter):
         """An empty cache of the row's capacity."""
         self.check_head(params)
         empty = self.empty_hidden(params, seq)
-        return ChimeraState(self.head.new_cache(*seq.tokens.shape, str(empty.dtype)), empty)
+        batch, capacity = seq.tokens.shape
+        return ChimeraState(self.head.new_cache(batch, capacity, str(empty.dtype)), empty)
 
     def prefill(self, params, state: ChimeraState, chunk, output) -> ChimeraState:
         """The chunk's hidden states."""
