@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from jaxinfer import quant
-from jaxinfer.decode import PPD, Autoregressive, Config, Features, Greedy, Sampling, Tree, Typical
+from jaxinfer.decode import PPD, Autoregressive, Chooser, Config, Features, Greedy, Sampling, Tree, Typical
 from jaxinfer.decode import loop as decoding
+from jaxinfer.decode.ppd import PPDState
 from jaxinfer.decode.ppd_tree import SparseTree
 from jaxinfer.errors import ConfigError, InputError
+from jaxinfer.measure import LatencyCurve
 from jaxinfer.models import ModelConfig, Step
 from jaxinfer.models.heads import TargetShape
 from jaxinfer.models.heads.ppd import PPDHead
@@ -36,7 +39,7 @@ class Accepts(PPD):
 
     def propose(self, *arguments, **keywords):
         proposal, state = super().propose(*arguments, **keywords)
-        return dataclasses.replace(proposal, probe=jnp.zeros_like(proposal.probe)), state
+        return dataclasses.replace(proposal, probe=None), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +162,19 @@ def test_a_prompt_slot_changes_no_other_slot(steps):
 
 def probes_on_the_path(drafter, verifier):
     """Prompt slots on the verified path where the target says, at every slot, the token that prompt slots carry."""
-    own = embeddings(drafter.head)
+    own, known = embeddings(drafter.head), np.array([0, 3])
     seq = toy.sequence([1, 2], [3], vocab_size=V)
-    state = drafter.init(own, None, seq, None)
-    state = dataclasses.replace(state, known=jnp.array([0, 3]), guesses=state.guesses + 1 + jnp.arange(3))
-    proposal, _ = drafter.propose(own, state, seq, None, None, target_params=None, warp=None)
-    law = jnp.full((2, drafter.width + 1, V), -jnp.inf).at[..., 0].set(0.0)
-    keys = jax.random.split(jax.random.key(0), 2)
-    path = np.asarray(verifier.verify(law, proposal, keys).path)
-    prompt = drafter.layout.prompt[np.asarray(state.known)]
+
+    @toy.quick_jit
+    def verified():
+        guesses = jnp.broadcast_to(1 + jnp.arange(3), (2, 3, 3))
+        state = PPDState(jnp.asarray(known), guesses)
+        proposal, _ = drafter.propose(own, state, seq, None, None, target_params=None, warp=None)
+        law = jnp.full((2, drafter.width + 1, V), -jnp.inf).at[..., 0].set(0.0)
+        return verifier.verify(law, proposal, jax.random.split(jax.random.key(0), 2)).path
+
+    path = np.asarray(verified())
+    prompt = drafter.layout.prompt[known]
     return sum(int((prompt[row, path[row][path[row] > 0] - 1] >= 0).sum()) for row in range(2))
 
 
@@ -186,18 +193,30 @@ def test_a_tree_over_rings_and_quantized_weights_changes_nothing():
         max_length=64, windows=(6,), embedding_scale=2.0,
     )  # fmt: skip
     step = Step(config)
-    weights = quant.apply(jax.jit(step.init)(jax.random.key(1)), [(r".*(mlp|attention).*", quant.Int8())])
+    weights = toy.quick_jit(lambda key: quant.apply(step.init(key), [(".*(mlp|attention).*", quant.Int8())]))(
+        jax.random.key(1)
+    )
     tokens, lengths = toy.prompts(3, 3, 10, V, lengths=[1, 10, 6])
     plain, tree = (
-        toy.outputs(toy.Run(step, Config(max_tokens=16, eos=(), drafter=d))(weights, tokens, lengths, draft_params=own))
+        toy.outputs(toy.Run(step, Config(max_tokens=10, eos=(), drafter=d))(weights, tokens, lengths, draft_params=own))
         for d, own in ((Autoregressive(), None), (PPD(HEAD, slots=12), embeddings(HEAD)))
     )
     assert tree == plain
 
 
+def test_the_machines_curve_picks_the_size(monkeypatch):
+    def picked(curve):
+        monkeypatch.setattr(Chooser, "measured", lambda drafter, *_, **__: Chooser(drafter, curve))
+        return PPD.measured(HEAD, checks.MODEL, checks.PARAMS, batch=1, capacity=32, sizes=(2, 8))
+
+    assert picked(LatencyCurve((1, 64), (1.0, 1.0))) == PPD(HEAD, slots=8)
+    assert picked(LatencyCurve((1, 2), (1.0, 2.0))) == Autoregressive()
+
+
 def test_impossible_settings_are_refused():
+    nothing: Any = None
     with pytest.raises(ConfigError, match="needs a head of kind ppd, got none"):
-        PPD(None)
+        PPD(nothing)
     with pytest.raises(ConfigError, match="rows of acceptance, needs 3: measure it"):
         PPD(dataclasses.replace(HEAD, acceptance=()))
     with pytest.raises(ConfigError, match=r"trees: got 1, accepts one for each of 0 to 3"):
@@ -207,6 +226,6 @@ def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match="ranks up to 9, accepts up to 6"):
         PPD(HEAD, trees=(*(SparseTree(),) * 3, SparseTree((0,), (9,), (0, 0))))
     with pytest.raises(InputError, match=r"draft_params/prompts: got shape None, the head needs \(3, 1, 16\)"):
-        PPD(HEAD).init(None, None, toy.sequence([1]), None)
+        PPD(HEAD).init(None, None, toy.sequence([1]), nothing)
     with pytest.raises(ConfigError, match="copies: got 0"):
         dataclasses.replace(HEAD, copies=0)
