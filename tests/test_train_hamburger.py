@@ -145,6 +145,7 @@ def fresh(recipe):
     return loop.init_state(MODEL.init(jax.random.key(0), base), recipe, jax.random.key(2))
 
 
+@pytest.mark.slow  # Muon takes long to compile; the loop's own tests resume a small recipe
 def test_a_resumed_run_ends_in_the_same_bits_and_learns(recipe, tmp_path):
     config = loop.LoopConfig(steps=24, save_every=12, curve=False)
     whole = loop.train(recipe, fresh(recipe), config, tmp_path / "whole")
