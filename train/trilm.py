@@ -78,7 +78,7 @@ def optimizer(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b1=0.9, b2=0.95),
         optax.add_decayed_weights(
-            lambda count: jnp.where(count < steps * NO_DECAY_AT, weight_decay, 0.0), mask=matrices
+            lambda count: jnp.where(jnp.asarray(count) < steps * NO_DECAY_AT, weight_decay, 0.0), mask=matrices
         ),
         optax.scale_by_learning_rate(rate),
     )

@@ -45,8 +45,9 @@ def prefill(
 ) -> tuple[kv.Cache, Any, jax.Array]:
     """Commit the first `length - 1` tokens of each row, of at most `width`, in chunks: the cache, the drafter's state,
     and `finite bool[B]`. The number of chunks run follows the longest row."""
-    if hasattr(step, "read_prompt"):
-        cache = step.read_prompt(params, cache, seq.tokens[:, :width], seq.length)
+    read_prompt = getattr(step, "read_prompt", None)  # a step that decides from the whole prompt, as `first.First` does
+    if read_prompt is not None:
+        cache = read_prompt(params, cache, seq.tokens[:, :width], seq.length)
     finite = jnp.ones_like(seq.done)
     if width == 1:
         return cache, state, finite
