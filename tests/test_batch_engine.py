@@ -209,7 +209,7 @@ def test_settings_follow_the_survey():
     )
     made = Settings.of(survey, slots=8, max_length=4096, eos_ids=2)
     assert (made.capacity, made.max_tokens, made.stop_ids, made.top_logprobs) == (192, 50, 2, None)
-    assert made.features == ("top_k",) and made.limits == Limits(192, 0, 0, 2, 0)
+    assert made.features == ("top_k",) and made.limits == Limits(192, 0, 0, 2, 0, source=0)
     assert Settings.from_json(json.loads(json.dumps(made.to_json()))) == made
     assert made.prefill_widths == (17, 65, 192) and [made.width(n) for n in (1, 17, 18, 66)] == [17, 17, 65, 192]
     assert Settings.of(Survey(length=9999), slots=5, max_length=4096, eos_ids=0).slots == 1

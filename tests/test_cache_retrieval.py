@@ -68,6 +68,7 @@ def test_the_chunks_with_the_largest_products_are_kept_and_the_first():
     assert dense is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_budget_of_the_whole_prompt_is_the_whole_cache(name, x):
     layer = LAYERS[name]

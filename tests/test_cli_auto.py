@@ -92,6 +92,7 @@ def job(monkeypatch, tiny_model, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_job_measures_once_and_goes_on_as_it_began(job, tmp_path):
     """Killed after some shards, it is resumed where forwards cost otherwise: the same bytes, nothing measured."""
     assert job("whole.jsonl", CHEAP) == (0, 1)

@@ -136,6 +136,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     assert code == 1 and err == f"jaxinfer: {tmp_path}: No space left on device\n"
 
 
+@pytest.mark.slow
 def test_sigterm_is_exit_75_and_the_same_command_ends_in_the_same_weights(
     capsys, tmp_path, tiny_model, source, monkeypatch
 ):

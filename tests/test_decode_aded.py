@@ -180,6 +180,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(ADED(nodes=24, beams=8, buckets=64), corpus).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(ADED(nodes=5, depth=2, beams=4, candidates=4, buckets=16))
 

@@ -105,6 +105,7 @@ def test_greedy_output_is_plain_output():
     greedy.check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(Aggressive(drafts=2))
     tokens = jnp.broadcast_to(jnp.array([2, 0, 1, 3, 1]), (checks.ROWS, 5))

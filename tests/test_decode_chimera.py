@@ -112,6 +112,7 @@ def test_greedy_output_is_plain_output(drafter):
         assert run.check_lengths() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [1, 2], ids=["chain", "tree"])
 def test_sampled_output_follows_the_targets_law(branches):
     checks.check_law(Chimera(LAW_HEAD, heads.Table(), depth=2, branches=branches, nodes=5), LAW_PARAMS)

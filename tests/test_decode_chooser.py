@@ -31,6 +31,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(chooser(MILD, draft=LatencyCurve((1, 2), (0.1, 0.2))), ALIKE).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(Chooser(DraftModel(checks.MARKOV, 2), MILD), DRAFT)
 
@@ -137,6 +138,7 @@ def test_steps_in_which_nothing_was_proposed_teach_nothing():
     np.testing.assert_allclose(forgotten.stood, FORGET * before.stood)
 
 
+@pytest.mark.slow
 def test_where_scoring_costs_what_it_emits_nothing_is_drafted():
     """And then a step is a plain one: the forward is of width 1, and the draft model does not run."""
     tokens, lengths = checks.repetitive_prompts()
@@ -181,6 +183,7 @@ class Counted(toy.Attentive):
 WIDTHS: set = set()
 
 
+@pytest.mark.slow
 def test_every_size_has_its_forward_and_trees_are_cut_like_chains():
     """The tree of tests/toy.py, cut at 2 drafts, at 3 and at none, gives plain output."""
     model = Counted(checks.V)
@@ -255,6 +258,7 @@ class Forgetful(Chooser):
 COPIES, LEARNS = CopySpec(2, 4), TokenRecycling(nodes=4)  # which learns in plain steps too
 
 
+@pytest.mark.slow
 def test_plain_steps_change_no_choice():
     """Rows that copy here and there, or never: what each drafts and says is as if the drafter were always asked."""
     tokens, lengths = checks.repetitive_prompts()

@@ -25,6 +25,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(DRAFTER, ALIKE).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(CopyDraft(checks.MARKOV, gamma=1, copies=2, drafts=2), DRAFT)
 

@@ -24,6 +24,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(DraftModel(checks.MODEL, 4, adaptive=True, confidence=0.3, lazy=True), ALIKE).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(dataclasses.replace(UNSURE, adaptive=True), DRAFT)
 

@@ -95,16 +95,19 @@ class Flat(Eagle):
         return dataclasses.replace(proposal, q_logp=flat), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [1, 2], ids=["chain", "tree"])
 def test_sampled_output_follows_the_targets_law(branches):
     checks.check_law(Eagle(LAW_HEAD, heads.Table(), depth=2, branches=branches, nodes=5), LAW_PARAMS)
 
 
+@pytest.mark.slow
 def test_a_wrong_law_of_the_drafts_is_seen():
     z, _ = checks.law(Flat(LAW_HEAD, heads.Table(), depth=2, branches=1), LAW_PARAMS)
     assert z > 12
 
 
+@pytest.mark.slow
 def test_inner_layers_are_read_where_asked_for():
     head = dataclasses.replace(HEAD, layers=(0, 1))
     drafter = Eagle(head, heads.STEP, depth=2, branches=2, nodes=4)

@@ -110,6 +110,7 @@ def test_a_decision_moves_with_its_row(params, gates):
     np.testing.assert_array_equal(placed.cache.states[0].runs[3], gates[1, 0])
 
 
+@pytest.mark.slow
 def test_under_a_drafter_and_over_quantized_weights(params):
     weights = quant.apply(params, [(r"layers_.*", quant.Int8())])
     drafted = dataclasses.replace(CONFIG, drafter=PromptLookup(drafts=3))

@@ -131,6 +131,7 @@ def test_rows_stand_alone_and_no_pad_enters_a_cache():
     unit.check_commits()
 
 
+@pytest.mark.slow
 def test_rings_grouped_heads_and_quantized_weights():
     config = ModelConfig(
         vocab_size=checks.V, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32,

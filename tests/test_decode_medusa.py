@@ -77,6 +77,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(DRAFTER, PARAMS, model=heads.STEP, params=heads.PARAMS).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     head = MedusaHead(heads.LAW_SHAPE, heads=2)
     checks.check_law(Medusa(head, heads.Table(), nodes=6, branches=3), heads.random_head(head))

@@ -25,6 +25,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(Pearl(checks.MODEL, 4), ALIKE).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(Pearl(checks.MARKOV, 3), NEAR)
 
@@ -113,6 +114,7 @@ def test_impossible_settings_are_refused():
         Pearl(checks.MARKOV, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True], ids=["greedy", "sampled"])
 def test_two_devices_give_the_tokens_of_one(monkeypatch, warm):
     """Ragged rows with penalties: the same tokens and counts; each model's forwards run where it is."""

@@ -79,6 +79,7 @@ def test_without_prompt_slots_it_is_plain_decoding():
     np.testing.assert_array_equal(result.stats.forwards, result.stats.emitted)
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     head = PPDHead(TargetShape(4, 4), prompts=2, copies=2, acceptance=((0.5, 0.2, 0.1), (0.4, 0.2, 0.1)))
     checks.check_law(PPD(head, slots=8), embeddings(head, scale=1.0))
@@ -187,6 +188,7 @@ def test_a_prompt_slot_that_is_accepted_is_seen():
     assert probes_on_the_path(Accepts(HEAD, slots=12), Greedy()) > 0
 
 
+@pytest.mark.slow
 def test_a_tree_over_rings_and_quantized_weights_changes_nothing():
     config = ModelConfig(
         vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32,

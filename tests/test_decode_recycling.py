@@ -135,10 +135,12 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(TokenRecycling(prompt=True)).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(TokenRecycling(nodes=6, prompt=True))
 
 
+@pytest.mark.slow
 def test_a_tree_over_rings_and_quantized_weights_changes_nothing():
     config = ModelConfig(
         vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32,

@@ -173,6 +173,7 @@ def test_the_best_draft_is_plain_greedy_as_the_model_grows_certain():
     assert [rows[0] for rows in texts(result)] == greedy()
 
 
+@pytest.mark.slow
 def test_ngram_probabilities_against_counting():
     rng = np.random.default_rng(5)
     tails = np.stack([CORPUS[i % 12][i % 30 : i % 30 + 5] for i in range(40)])

@@ -63,14 +63,17 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(drafter, SMALL, model=TARGET, params=PARAMS).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(OnTables(checks.MARKOV, checks.MARKOV, gamma=2), DRAFT)
 
 
+@pytest.mark.slow
 def test_the_published_correction_is_caught():
     assert checks.law(Released(checks.MARKOV, checks.MARKOV, gamma=2), DRAFT)[0] > 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", [False, True])
 def test_a_budget_of_the_whole_row_makes_the_outer_test_vain(twin):
     """The retrieval cache is then the whole one: every token of the inner loop stands. And each round of it is fed what

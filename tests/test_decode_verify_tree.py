@@ -74,6 +74,7 @@ def test_tree_output_follows_the_targets_law(twins):
     checks.check_law(Fixed(twins))
 
 
+@pytest.mark.slow
 def test_a_chain_under_the_tree_rule_follows_the_law_too():
     z, accepted = checks.law(COPIES, verifier=Tree())
     assert z < 5 and accepted > 0

@@ -81,6 +81,7 @@ def test_only_the_adapters_move(kind):
         assert all((getattr(after, n) != getattr(before, n)).any() for n in before.TRAINED), path
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_sigkill_goes_on_to_the_same_bits(tmp_path):
     """Of SoKA, whose start and rank are computed anew from the base."""
     _, recipe, state = make("soka")
@@ -124,6 +125,7 @@ def test_another_base_is_another_run(tmp_path):
         adapters.recipe(params, batch, rate=0, **options)
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_writes_what_loads(tiny_model, tmp_path, capsys):
     from jaxinfer.cli.app import run
     from jaxinfer.models.adapters import load_adapter

@@ -223,6 +223,7 @@ def test_a_batch_is_a_function_of_the_step_and_counts_answers_alone(answers):
     assert (half[:, : ASKING.prompt_tokens - 1] == 0.5).all()
 
 
+@pytest.mark.slow
 def test_the_report_of_a_perfect_draft_and_of_another(monkeypatch):
     own = target()
     measuring = draft_report.Measuring(4, 8, 9, 16, gamma=2)
@@ -284,6 +285,7 @@ class Trap(Text):
         return batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, SETTINGS.code_share])
 def test_a_run_stopped_in_any_stage_ends_in_the_same_bits(undisturbed, tmp_path, share):
     fields = {field.name: getattr(TEXT, field.name) for field in dataclasses.fields(Text)}

@@ -40,6 +40,7 @@ def trained(recipe, start, folder, steps, cut=None):
     return loop.train(recipe, begin(), loop.LoopConfig(steps=steps, curve=False), folder)
 
 
+@pytest.mark.slow
 def test_routers_learn_what_can_be_spared_and_resume_to_the_bit(params, tmp_path):
     recipe = loop.Recipe(
         objective=first.Routers(STEP, penalty=1.0), data=DATA, optimizer=optax.adam(0.2), frozen=params,

@@ -50,6 +50,7 @@ def losses_of(folder):
     return {row["step"]: row["loss"] for row in metrics.read(folder / "metrics.jsonl") if "loss" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls_and_a_resumed_run_has_the_same_losses(kind, tmp_path):
     whole = run(kind, tmp_path / "whole", 24)

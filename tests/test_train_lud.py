@@ -116,6 +116,7 @@ def recipe(params, frozen=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_to_the_bit(params, tmp_path):
     start, frozen = split(adapt(params, [(r"layers_.*(attention|mlp).*", Lora(rank=2))], jax.random.key(2)))
     which = recipe(params, frozen)

@@ -107,6 +107,7 @@ def test_training_moves_prompt_tokens_alone_and_helps(tmp_path):
     assert recipe.evaluate(state.params)["loss"] < 0.8 * before
 
 
+@pytest.mark.slow
 def test_acceptance_is_that_of_the_targets_own_continuation():
     documents = [np.random.default_rng(i).integers(1, V, 30) for i in range(4)]
     prompts = ppd.prompts_of(documents, count=4, length=8)

@@ -59,6 +59,7 @@ def check_three_values(params, exported):
         np.testing.assert_allclose([np.abs(m).max() for m in each], gamma, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_expert_has_its_own_three_values_and_routers_stay():
     config = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2, expert_size=32)
     params = Step(config).init(jax.random.key(0))
