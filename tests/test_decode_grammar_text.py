@@ -105,7 +105,9 @@ def test_the_forms_of_response_format():
     assert anything.changed() == {"json_schema": '{"type": "object"}'}
     assert from_options({"json_schema": SCHEMA}).json_schema == text and hash(anything)
     files = {option.name for option in options() if option.file}
-    assert files == {"json_schema", "grammar", "source"} and "response_format" not in {option.name for option in options()}
+    assert files == {"json_schema", "grammar", "source"} and "response_format" not in {
+        option.name for option in options()
+    }
 
 
 def run(capsys, *arguments):
