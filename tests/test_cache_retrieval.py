@@ -89,6 +89,7 @@ def test_a_budget_of_the_whole_prompt_is_the_whole_cache(name, x):
     assert own.t.tolist() == (LENGTHS + 6).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_attention_is_naive_attention_over_the_view(name, x):
     layer = LAYERS[name]

@@ -68,6 +68,7 @@ def hidden_error(drafter):
     return worst
 
 
+@pytest.mark.slow
 def test_the_hidden_state_is_that_of_the_last_token_kept():
     assert hidden_error(DRAFTER) < 1e-4
     assert hidden_error(Stale(HEAD, heads.STEP, nodes=9, branches=4)) > 1e-2

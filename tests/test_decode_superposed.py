@@ -119,6 +119,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_drafts_and_scores_are_the_plain_programs(name):
     got, scores, want, want_scores = compare(CONFIGS[name], NGRAMS)

@@ -90,6 +90,7 @@ def test_a_budget_of_the_whole_row_makes_the_outer_test_vain(twin):
         assert stats.forwards.tolist() == [20 // 5] * 4  # gamma + 1 from the inner loop, and a bonus
 
 
+@pytest.mark.slow
 def test_the_retrieval_cache_follows_the_row():
     """After each step the two inner caches hold what fresh ones would, up to the tokens they may lack."""
     drafter = TriForce(checks.MODEL, TARGET, gamma=3, budget=64, chunk=4, recent=64)

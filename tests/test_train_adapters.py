@@ -61,6 +61,7 @@ def digest(state):
 CONFIG = loop.LoopConfig(steps=STEPS, save_every=2, curve=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapters_move(kind):
     params, recipe, state = make(kind)
