@@ -15,7 +15,7 @@ from jaxinfer import catalogue
 from jaxinfer.measure import text_table
 
 RESULTS = Path(__file__).parent / "results" / "bench_decoding-cpu.json"
-MODELS = {"wide": "100M", "tiny": "5M"}
+MODELS = {"wide": "100M", "tiny": "7M"}
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- methods: made by scripts/make_readme.py -->", "<!-- end of methods -->"
 
