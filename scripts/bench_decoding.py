@@ -64,7 +64,8 @@ def main() -> None:
     methods = split(options.methods)
     methods = ["plain", *(method for method in methods if method != "plain")]
     weights = digest(hub.resolve("tinycode"))
-    results = measure.Results("bench_decoding", options.results, settings=vars(options))
+    settings = {name: value for name, value in vars(options).items() if name != "results"}  # no path of a machine
+    results = measure.Results("bench_decoding", options.results, settings=settings)
     earlier = json.loads(results.path.read_text())["rows"] if results.path.exists() else []
     done = {key_of(row) for row in earlier if row.get("weights") == weights} if options.resume else set()
     rows: dict[tuple, dict[str, Any]] = {key_of(row): row for row in earlier}
