@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.drafter import DrafterBase, accept_counts
 from jaxinfer.decode.draw import first_max
 from jaxinfer.decode.tree import slots_of
 from jaxinfer.decode.types import Proposal, Sequence, Verdict
@@ -74,18 +74,15 @@ class BlockHead(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class GAD(DrafterBase):
-    """`head` fills `block` places after the prefix at once; `beta` and `tau` are its verifier's."""
+class BlockDrafter(DrafterBase):
+    """What drafters that fill a block at once share; a subclass has the fields `block`, `beta` and `tau`."""
 
-    head: BlockHead
-    block: int = 5
-    beta: int = 3
-    tau: float = 1.0
+    block: int
+    beta: int
+    tau: float
 
     def __post_init__(self):
-        if self.block < 1:
-            raise ConfigError(f"block: got {self.block}, accepts 1 or more")
+        accept_counts(self, "block")
         TopBeta(self.beta, self.tau)
 
     @property
@@ -102,6 +99,16 @@ class GAD(DrafterBase):
     def verifier(self) -> TopBeta:
         """The rule that the method prescribes."""
         return TopBeta(self.beta, self.tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class GAD(BlockDrafter):
+    """`head` fills `block` places after the prefix at once; `beta` and `tau` are its verifier's."""
+
+    head: BlockHead
+    block: int = 5
+    beta: int = 3
+    tau: float = 1.0
 
     def propose(self, params, state, seq, cache, key, *, target_params, warp):
         """The head's best token at each place."""

@@ -22,16 +22,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxinfer import cache as kv
-from jaxinfer.decode.drafter import DrafterBase
 from jaxinfer.decode.draw import first_max
-from jaxinfer.decode.gad import TopBeta
+from jaxinfer.decode.gad import BlockDrafter
 from jaxinfer.decode.prefill import commit_chunk, notes_of
 from jaxinfer.decode.types import Proposal, Sequence, Step
 from jaxinfer.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockDraft(DrafterBase):
+class BlockDraft(BlockDrafter):
     """`step` with its weights as `draft_params` fills `block` places at once; `beta` and `tau` are the verifier's,
     `pad` the token id that stands for one to be filled, as in training."""
 
@@ -42,31 +41,14 @@ class BlockDraft(DrafterBase):
     pad: int = 1
 
     def __post_init__(self):
-        if type(self.block) is not int or self.block < 1:
-            raise ConfigError(f"block: got {self.block!r}, accepts a whole number of 1 or more")
+        super().__post_init__()
         if type(self.pad) is not int or self.pad < 0:
             raise ConfigError(f"pad: got {self.pad!r}, accepts a token id")
-        TopBeta(self.beta, self.tau)
 
     @property
     def vocab_size(self) -> int:
         """The drafter's vocabulary, which must be the target's."""
         return self.step.vocab_size
-
-    @property
-    def width(self) -> int:
-        """N."""
-        return self.block
-
-    @property
-    def depth(self) -> int:
-        """D."""
-        return self.block
-
-    @property
-    def verifier(self) -> TopBeta:
-        """The rule that the method prescribes."""
-        return TopBeta(self.beta, self.tau)
 
     def init(self, params: Any, target_params: Any, seq: Sequence, cache: kv.Cache) -> kv.Cache:
         """An empty cache of the row's capacity."""
