@@ -26,9 +26,8 @@ from jaxinfer import cache as kv
 from jaxinfer.decode import draft_chain
 from jaxinfer.decode import keys as key_streams
 from jaxinfer.decode.draft_chain import Law
-from jaxinfer.decode.draft_tree import Growing, most_nodes
-from jaxinfer.decode.drafter import accept_counts
-from jaxinfer.decode.head_drafter import HeadDrafter, last_of_chunk, last_of_step
+from jaxinfer.decode.draft_tree import Growing
+from jaxinfer.decode.head_drafter import GrowingHead, last_of_chunk, last_of_step
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.types import Proposal, Sequence
 from jaxinfer.models.heads.chimera import ChimeraHead
@@ -67,9 +66,8 @@ class _ChainStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chimera(HeadDrafter):
-    """`head`, `target`: see `HeadDrafter`; the head's arrays come as `draft_params`. `depth`: longest draft;
-    `branches`: nodes a level, 1 for a chain; `nodes`: drafts that are kept (of a chain: all)."""
+class Chimera(GrowingHead):
+    """`head`, `target`: see `HeadDrafter`; the head's arrays come as `draft_params`. The rest: `GrowingHead`."""
 
     head: ChimeraHead
     target: Any
@@ -77,14 +75,6 @@ class Chimera(HeadDrafter):
     branches: int = 4
     nodes: int = 12
     kind: ClassVar[str] = "chimera"
-
-    def __post_init__(self):
-        accept_counts(self, "depth", "branches", "nodes")
-
-    @property
-    def width(self) -> int:
-        """N."""
-        return self.depth if self.branches == 1 else min(self.nodes, most_nodes(self.branches, self.depth))
 
     def init(self, params, target_params, seq, cache) -> ChimeraState:
         """An empty cache of the row's capacity."""

@@ -31,9 +31,8 @@ from jaxinfer import cache as kv
 from jaxinfer.decode import draft_chain
 from jaxinfer.decode import keys as key_streams
 from jaxinfer.decode.draft_chain import Law
-from jaxinfer.decode.draft_tree import Frontier, Growing, most_nodes
-from jaxinfer.decode.drafter import accept_counts
-from jaxinfer.decode.head_drafter import HeadDrafter, last_of_chunk
+from jaxinfer.decode.draft_tree import Frontier, Growing
+from jaxinfer.decode.head_drafter import GrowingHead, last_of_chunk
 from jaxinfer.decode.keys import Stream
 from jaxinfer.decode.types import Proposal
 from jaxinfer.errors import ConfigError
@@ -73,9 +72,8 @@ class _ChainStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle(HeadDrafter):
-    """`head`, `target`: see `HeadDrafter`; `draft_params`: `bind(params, target_params)`. `depth`: longest draft;
-    `branches`: nodes a level, 1 for a chain; `nodes`: drafts that are kept (of a chain: all)."""
+class Eagle(GrowingHead):
+    """`head`, `target`: see `HeadDrafter`; `draft_params`: `bind(params, target_params)`. The rest: `GrowingHead`."""
 
     head: EagleHead
     target: Any
@@ -83,14 +81,6 @@ class Eagle(HeadDrafter):
     branches: int = 4
     nodes: int = 12
     kind: ClassVar[str] = "eagle"
-
-    def __post_init__(self):
-        accept_counts(self, "depth", "branches", "nodes")
-
-    @property
-    def width(self) -> int:
-        """N."""
-        return self.depth if self.branches == 1 else min(self.nodes, most_nodes(self.branches, self.depth))
 
     def bind(self, params: Any, target_params: Any) -> Any:
         """The head's params with the target's embedding, as `draft_params`."""

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.decode.drafter import DrafterBase
+from jaxinfer.decode.draft_tree import most_nodes
+from jaxinfer.decode.drafter import DrafterBase, accept_counts
 from jaxinfer.decode.types import Sequence
 from jaxinfer.errors import ConfigError
 
@@ -52,6 +53,23 @@ class HeadDrafter(DrafterBase):
         """No hidden state yet, [B, D]."""
         dtype = jax.tree.leaves(params)[0].dtype
         return jnp.zeros((seq.length.shape[0], self.head.target.hidden_size), dtype)
+
+
+class GrowingHead(HeadDrafter):
+    """A head that is run token by token: fields `depth`, its longest draft; `branches`, nodes a level, 1 for a chain;
+    `nodes`, drafts of a tree that are kept (of a chain: all)."""
+
+    depth: int
+    branches: int
+    nodes: int
+
+    def __post_init__(self):
+        accept_counts(self, "depth", "branches", "nodes")
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return self.depth if self.branches == 1 else min(self.nodes, most_nodes(self.branches, self.depth))
 
 
 def last_of_chunk(old: jax.Array, chunk: Any, hidden: jax.Array) -> jax.Array:
