@@ -14,10 +14,11 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer import ops
 from jaxinfer.errors import ConfigError, InputError
@@ -30,6 +31,28 @@ class AdapterSpec(Protocol):
     def adapt(self, weight: Any, key: jax.Array, *, axis: int = -2) -> Any:
         """The leaf over `weight`; `axis` is the one that products sum over (-1 for embedding tables)."""
         ...
+
+
+class AdapterLeaf:
+    """What the leaf types share; a subclass is a `flax.struct` dataclass with `base`, `TRAINED` and `shape`."""
+
+    TRAINED: ClassVar[tuple[str, ...]] = ()
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the base; of an adapter alone, that of its arrays."""
+        return (getattr(self, self.TRAINED[0]) if self.base is None else self.base).dtype
 
 
 def adapt(params: Any, rules: Sequence[tuple[str, AdapterSpec | None]], key: jax.Array) -> dict[str, Any]:

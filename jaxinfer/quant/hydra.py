@@ -20,17 +20,16 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from jaxinfer import ops
 from jaxinfer.errors import InputError
-from jaxinfer.quant.adapter import added, check_alpha, check_fits, check_rank, frozen, only_kernels
+from jaxinfer.quant.adapter import AdapterLeaf, added, check_alpha, check_fits, check_rank, frozen, only_kernels
 from jaxinfer.quant.tree import map_axes
 
 
 @struct.dataclass
-class HydraArray:
+class HydraArray(AdapterLeaf):
     """`base[..., K, N]`, parallel factors `a[..., K, r]`, `b[..., r, N]`, sequential `c[..., N, r]`, `d[..., r, N]`."""
 
     TRAINED: ClassVar[tuple[str, ...]] = ("a", "b", "c", "d")
@@ -46,16 +45,6 @@ class HydraArray:
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
         return (*self.a.shape[:-1], self.b.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.a.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the base."""
-        return self.a.dtype if self.base is None else self.base.dtype
 
     def map_axes(self, logical_axes: tuple[str | None, ...]) -> HydraArray:
         """The same leaf with logical axis names in place of arrays; the ranks are not split."""

@@ -19,17 +19,16 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from jaxinfer import ops
 from jaxinfer.errors import ConfigError, InputError
-from jaxinfer.quant.adapter import adapt, added, check_alpha, check_fits, check_rank, frozen
+from jaxinfer.quant.adapter import AdapterLeaf, adapt, added, check_alpha, check_fits, check_rank, frozen
 from jaxinfer.quant.tree import map_axes
 
 
 @struct.dataclass
-class LoraArray:
+class LoraArray(AdapterLeaf):
     """`base[..., K, N] + scale * a[..., K, r] @ b[..., r, N]`; base is any weight, or None for an adapter alone."""
 
     TRAINED: ClassVar[tuple[str, ...]] = ("a", "b")
@@ -43,16 +42,6 @@ class LoraArray:
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
         return (*self.a.shape[:-1], self.b.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.a.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the base."""
-        return self.a.dtype if self.base is None else self.base.dtype
 
     def update(self) -> jax.Array:
         """What is added to the base, f32[..., K, N]."""

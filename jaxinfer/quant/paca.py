@@ -26,12 +26,12 @@ from flax import struct
 
 from jaxinfer import ops
 from jaxinfer.errors import InputError
-from jaxinfer.quant.adapter import added, check_alpha, check_fits, check_rank, frozen, only_kernels
+from jaxinfer.quant.adapter import AdapterLeaf, added, check_alpha, check_fits, check_rank, frozen, only_kernels
 from jaxinfer.quant.tree import map_axes
 
 
 @struct.dataclass
-class PacaArray:
+class PacaArray(AdapterLeaf):
     """`base[..., K, N]` with `scale * delta[..., r, N]` added to its rows `index i32[..., r]`; base None: alone.
 
     `inputs` is K.
@@ -49,16 +49,6 @@ class PacaArray:
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
         return (*self.delta.shape[:-2], self.inputs, self.delta.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.delta.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the base."""
-        return self.delta.dtype if self.base is None else self.base.dtype
 
     def update(self) -> jax.Array:
         """What is added to the base, f32[..., K, N]."""

@@ -29,12 +29,12 @@ from jax.core import Tracer
 
 from jaxinfer import ops
 from jaxinfer.errors import ConfigError, InputError
-from jaxinfer.quant.adapter import added, check_fits, check_rank, frozen
+from jaxinfer.quant.adapter import AdapterLeaf, added, check_fits, check_rank, frozen
 from jaxinfer.quant.tree import map_axes
 
 
 @struct.dataclass
-class SokaArray:
+class SokaArray(AdapterLeaf):
     """`base[..., m p, n q]` plus `sum_k u_k (x) v_k` less the same of the start.
 
     `u, u_start f[..., r, m, n]`, `v, v_start f[..., r, p, q]`; base is any weight, or None for an adapter alone.
@@ -53,16 +53,6 @@ class SokaArray:
         """The logical shape."""
         *lead, _, m, n = self.u_start.shape
         return (*lead, m * self.v_start.shape[-2], n * self.v_start.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.u_start.shape) - 1
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the base."""
-        return self.u.dtype if self.base is None else self.base.dtype
 
     def update(self) -> jax.Array:
         """What is added to the base, f32[..., K, N]; exactly zero at the start."""
