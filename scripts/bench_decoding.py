@@ -79,7 +79,8 @@ def main() -> None:
             continue
         cell = measure_schema if task == "json" else measure_cell
         for row in cell(subject, chosen, setting, options):
-            row = head | row | {"weights": weights}
+            counts = {"prompts": len(setting.prompts), "rounds": options.rounds}  # rows of several runs stand together
+            row = head | row | counts | {"weights": weights}
             rows[key_of(row)] = row
             print(measure.text_table([row], COLUMNS).splitlines()[-1], file=sys.stderr)
         print(f"{time.perf_counter() - begun:.0f} s so far", file=sys.stderr)
