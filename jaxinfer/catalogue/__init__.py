@@ -8,11 +8,17 @@ Stability: experimental.
 
 from collections.abc import Iterable, Sequence
 
-from jaxinfer.catalogue import decoding, models, training
+from jaxinfer.catalogue import decoding, flow, models, sharding, training
 from jaxinfer.catalogue.entry import GUARANTEES, Method, Paper
 from jaxinfer.errors import InputError
 
-METHODS: tuple[Method, ...] = (*decoding.METHODS, *models.METHODS, *training.METHODS)
+METHODS: tuple[Method, ...] = (
+    *decoding.METHODS,
+    *models.METHODS,
+    *training.METHODS,
+    *flow.METHODS,
+    *sharding.METHODS,
+)
 
 
 def by_name(name: str) -> Method:
