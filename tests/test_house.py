@@ -43,6 +43,7 @@ MACHINERY = {
     "decode": {"compiler", "config", "drafter", "emit", "keys", "language_model", "logprobs", "loop", "stream", "text"}
     | {"pearl_devices", "types"},
     "quant": {"adapter", "apply", "serialize", "tree"},
+    "flow": {"types"},
 }
 LONGEST = 500
 
