@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,29 @@ def test_errors_name_what_is_wrong(tmp_path):
         loop.train(broken, fresh(broken), CONFIG, tmp_path / "broken")
 
 
+def no_number(params, batch, key):
+    """A loss that stops being a number once batches are small, from update 7 on."""
+    loss, metrics = objective(params, batch, key)
+    return loss * (jnp.nan if len(batch[0]) == 4 else 1.0), metrics
+
+
+def root_of_zero(params, batch, key):
+    """A finite loss whose gradient is not, once batches are small."""
+    loss, metrics = objective(params, batch, key)
+    return (loss + jnp.sqrt(0 * jnp.sum(params["w"])) if len(batch[0]) == 4 else loss), metrics
+
+
+@pytest.mark.parametrize("broken", ["no_number", "root_of_zero"])
+def test_what_is_not_finite_is_not_saved_also_between_logged_steps(tmp_path, broken):
+    which = recipe(objective=globals()[broken])
+    config = loop.LoopConfig(steps=12, save_every=3, log_every=12, curve=False)
+    with pytest.raises(JobError, match="is nan at step 9; the last checkpoint is before it"):
+        loop.train(which, fresh(which), config, tmp_path)
+    checkpoints = loop.Checkpoints(tmp_path / "checkpoints", identity=which.identity)
+    kept = checkpoints.restore(fresh(which))
+    assert int(kept.step) == 6 and all(np.isfinite(x).all() for x in jax.tree.leaves((kept.params, kept.ema)))
+
+
 def test_without_resume_an_older_run_is_replaced(undisturbed, tmp_path):
     which = recipe()
     loop.train(which, fresh(which), CONFIG, tmp_path)
@@ -256,3 +280,49 @@ def test_a_fingerprint_tells_trees_apart():
     assert loop.fingerprint(tree) == loop.fingerprint(jax.tree.map(jnp.array, tree))
     others = ({**tree, "b": jnp.zeros(())}, {**tree, "a": tree["a"].T}, {"c": tree["a"], "b": tree["b"]})
     assert len({loop.fingerprint(other) for other in (tree, *others)}) == 4
+
+
+class Remembering(loop.Source):
+    """Batches that depend on the params, and on how many were asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def next(self, params, step):
+        self.asked += 1
+        x, y, weight = data(step)
+        return x + np.float32(self.asked), y * np.asarray(params["w"])[0, 0], weight
+
+    def state(self):
+        return {"asked": self.asked}
+
+    def restore(self, state):
+        self.asked = state["asked"]
+
+
+class Forgetful(Remembering):
+    """The planted bug: what was remembered is not read back."""
+
+    def restore(self, state):
+        pass
+
+
+def test_a_source_goes_on_from_what_the_checkpoint_holds_of_it(tmp_path):
+    def train(folder, steps, kind=Remembering):
+        plain = lambda params, batch, key: (jnp.mean((batch[0] @ params["w"] @ params["v"] - batch[1]) ** 2), {})  # noqa: E731
+        which = recipe(data=kind(), objective=plain, ema_decay=None)
+        return digest(loop.train(which, fresh(which), loop.LoopConfig(steps=steps, curve=False), folder))
+
+    whole = train(tmp_path / "whole", 5)
+    train(tmp_path / "cut", 3)
+    shutil.copytree(tmp_path / "cut", tmp_path / "copy")
+    assert train(tmp_path / "cut", 5) == whole
+    assert train(tmp_path / "copy", 5, Forgetful) != whole
+
+
+def test_a_source_without_its_state_is_told(tmp_path):
+    which = recipe()
+    loop.train(which, fresh(which), loop.LoopConfig(steps=1, curve=False), tmp_path)
+    which = recipe(data=Remembering())
+    with pytest.raises(CheckpointError, match="step 1 below"):
+        loop.train(which, fresh(which), CONFIG, tmp_path)

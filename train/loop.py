@@ -1,13 +1,15 @@
 """The one training loop: a pure `train_step(state, batch)`, and around it checkpoints, evaluation and metrics.
 
 A recipe is an objective `(params, batch, key) -> (loss, metrics)`, data as a pure function of the step, and an Optax
-transformation; what is read but not trained (the target of a draft head, the base of an adapter) is its `frozen`. A run
-that is killed at any moment and started again ends in the same bits as an undisturbed run on the same machine, because
-everything that a step reads is in the checkpoint, in `frozen` or a function of the step.
+transformation; what is read but not trained (the target of a draft head, the base of an adapter) is its `frozen`. Data
+that the params themselves make, such as answers to be rewarded, come from a `Source`. A run that is killed at any
+moment and started again ends in the same bits as an undisturbed run on the same machine, because everything that a step
+reads is in the checkpoint (a Source's state too), in `frozen` or a function of the step.
 
 Stability: experimental.
 """
 
+import abc
 import dataclasses
 import errno
 import hashlib
@@ -49,6 +51,24 @@ class TrainState:
     key: jax.Array
 
 
+class Source(abc.ABC):
+    """Data that reads the params, or remembers something from step to step: `Recipe.data` where a function of the step
+    does not do. What it remembers is saved with every checkpoint and given back to it before a run goes on."""
+
+    @abc.abstractmethod
+    def next(self, params: Any, step: int) -> Any:
+        """The batch of the update that follows `step` completed ones, a pytree of host arrays. It may not keep the
+        `params`, which the update overwrites."""
+
+    @abc.abstractmethod
+    def state(self) -> Any:
+        """All that the batches to come depend on, besides params and step, as a JSON value."""
+
+    @abc.abstractmethod
+    def restore(self, state: Any) -> None:
+        """Goes on from a `state()`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What is trained. Only `identity` is compared when a run resumes, so keep the lengths of a run out of it.
@@ -58,13 +78,14 @@ class Recipe:
       microbatches by it.
     frozen: arrays that the objective reads and no update changes; neither differentiated nor saved, so that whoever
       resumes a run hands over the same ones (say so in `identity`).
-    data: completed steps -> batch, a pytree of host arrays; shapes may change from step to step (each compiles once).
+    data: completed steps -> batch, a pytree of host arrays, or a `Source` of batches; shapes may change from step to
+      step (each compiles once).
     evaluate: params -> {name: value}, on text that is held out.
     tokens: batch -> how many tokens the metrics should count.
     """
 
     objective: Objective
-    data: Callable[[int], Any]
+    data: Callable[[int], Any] | Source
     optimizer: optax.GradientTransformation
     schedule: Callable[[Any], Any] | None = None
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
@@ -170,15 +191,19 @@ class Checkpoints:
         """The newest complete step, or None. What a kill cut off in the middle is not counted."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
-        """Saves under the number of completed updates; saving the same step again does nothing.
+    def save(self, state: TrainState, source: Any = None) -> None:
+        """Saves under the number of completed updates; saving the same step again does nothing. `source`: the state of
+        a `Source`, where there is one.
 
         Raises `CheckpointError` where the write fails; checkpoints from before are left as they were.
         """
         step = int(state.step)
         if step == self.latest():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), recipe=ocp.args.JsonSave(self.identity))
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "recipe": ocp.args.JsonSave(self.identity)}
+        if source is not None:
+            items["source"] = ocp.args.JsonSave({"state": source})
+        args = ocp.args.Composite(**items)
         try:
             self._manager.save(step, args=args)
             self._manager.wait_until_finished()
@@ -208,6 +233,10 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like
         )
         return self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def restore_source(self, step: int) -> Any:
+        """The state of the run's `Source` at `step`. Raises `CheckpointError` where it is damaged or missing."""
+        return self._read(step, source=ocp.args.JsonRestore())["source"]["state"]
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -251,7 +280,7 @@ def train(
     Below `folder`: `checkpoints/`, `metrics.jsonl` (one object a logged step) and `curve.png`. With `resume` the newest
     checkpoint replaces `state`, and metrics of updates that it does not hold are dropped, since they are made again;
     without, checkpoints that are there are removed.
-    Raises `Preempted` after a SIGTERM (state saved), `JobError` when the loss stops being finite (state not saved).
+    Raises `Preempted` after a SIGTERM (state saved), `JobError` when loss or gradient stop being finite (not saved).
     """
     folder = Path(folder)
     if not resume:  # Orbax saves no step below one that is there already
@@ -260,6 +289,8 @@ def train(
     try:
         if resume and checkpoints.latest() is not None:
             state = checkpoints.restore(state)
+            if isinstance(recipe.data, Source):
+                recipe.data.restore(checkpoints.restore_source(int(state.step)))
         with record.Metrics(folder / "metrics.jsonl", first_step=int(state.step), last_step=config.steps) as log:
             state = _run(recipe, state, config, checkpoints, log)
     finally:
@@ -273,18 +304,17 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
     train_step = jax.jit(make_train_step(recipe), donate_argnums=0)
     saved_at, waited, tokens = time.monotonic(), 0.0, 0
     started = time.perf_counter()
-    step = int(state.step)
+    step, data = int(state.step), recipe.data
     with _Terminate() as terminate:
         while step < config.steps:
             fetch = time.perf_counter()
-            batch = recipe.data(step)
+            batch = data.next(state.params, step) if isinstance(data, Source) else data(step)
             waited, tokens = waited + time.perf_counter() - fetch, tokens + recipe.tokens(batch)
             state, metrics = train_step(state, batch, recipe.frozen)
             step += 1
             if step % config.log_every == 0 or step == config.steps:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the device
-                if not math.isfinite(values["loss"]):
-                    raise JobError(f"the loss is {values['loss']} at step {step}; the last checkpoint is before it")
+                _check_finite(values, step)
                 log.step(step, values, tokens=tokens, seconds=time.perf_counter() - started, data_wait=waited)
                 waited, tokens, started = 0.0, 0, time.perf_counter()
             last = step == config.steps
@@ -295,9 +325,17 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
             due = config.save_seconds is not None and time.monotonic() - saved_at >= config.save_seconds
             due |= bool(config.save_every) and step % (config.save_every or 1) == 0
             if due or last or terminate.asked:
-                checkpoints.save(state)
+                _check_finite(metrics, step)  # of a step that was not logged
+                checkpoints.save(state, data.state() if isinstance(data, Source) else None)
                 saved_at = time.monotonic()
                 started = time.perf_counter()
             if terminate.asked and not last:
                 raise Preempted(f"stopped by SIGTERM after step {step}; start the same command again to go on")
     return state
+
+
+def _check_finite(metrics: Mapping[str, Any], step: int) -> None:
+    """JobError where the loss of update `step`, or the gradient that made the params after it, is not finite."""
+    for name, words in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
+        if not math.isfinite(value := float(metrics[name])):
+            raise JobError(f"{words} is {value} at step {step}; the last checkpoint is before it")
