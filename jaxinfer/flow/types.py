@@ -26,7 +26,7 @@ class Times(NamedTuple):
 
 
 class Out(NamedTuple):
-    """What a velocity model gives: v[B, ...] like x, and whatever else was asked for (inner features, a log-variance)."""
+    """What a velocity model gives: v[B, ...] like x, and whatever else was asked for, such as inner features."""
 
     v: jax.Array
     aux: dict[str, Any]
@@ -122,7 +122,7 @@ def null(cond: Any) -> Any:
         return None
     labels = None if cond.labels is None else jnp.full_like(cond.labels, -1)
     keep = None if cond.tokens is None else jnp.zeros(cond.tokens.shape[0], bool)
-    return cond.replace(labels=labels, keep=keep)
+    return dataclasses.replace(cond, labels=labels, keep=keep)
 
 
 def drop(key: jax.Array, cond: Any, rate: float, null: Null = null) -> Any:
@@ -132,5 +132,5 @@ def drop(key: jax.Array, cond: Any, rate: float, null: Null = null) -> Any:
         return cond
     dropped = jax.random.bernoulli(key, rate, (leaves[0].shape[0],))
     if isinstance(cond, Condition) and cond.tokens is not None and cond.keep is None:
-        cond = cond.replace(keep=jnp.ones(cond.tokens.shape[0], bool))
+        cond = dataclasses.replace(cond, keep=jnp.ones(cond.tokens.shape[0], bool))
     return jax.tree.map(lambda x, nothing: jnp.where(bcast(dropped, x), nothing, x), cond, null(cond))
