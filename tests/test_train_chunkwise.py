@@ -22,7 +22,7 @@ from jaxinfer.cli.app import run
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.step import Step
-from jaxinfer.train import chunkwise, chunkwise_sampling, lm, loop, metrics
+from jaxinfer.train import chunkwise, chunkwise_cache, chunkwise_sampling, lm, loop, metrics
 from jaxinfer.train.chunkwise import Chunkwise
 from jaxinfer.train.chunkwise_sampling import Draw, Sampling
 from jaxinfer.train.data import pack
@@ -235,12 +235,27 @@ def temporary(objective, step, params, length):
     return run.lower(params, batch).compile().memory_analysis().temp_size_in_bytes, cache
 
 
+def clearing(spec, kept, cotangents):
+    """The planted bug: a chunk's slots in the gradients are cleared once read, and XLA copies the whole buffers."""
+    *found, relay_k, relay_v, _, _, _ = chunkwise_cache._attention_backward(spec, kept, cotangents)
+    start = (0, 0, kept[4].at, 0)
+    cleared = (
+        jax.lax.dynamic_update_slice(x, jnp.zeros_like(d), start)
+        for x, d in zip((relay_k, relay_v), found[1:3], strict=True)
+    )
+    return *found, *cleared, None, None, None
+
+
 @pytest.mark.slow
-def test_memory_is_that_of_one_chunk_beside_keys_values_and_their_gradients():
-    step, params = model("float32", num_layers=1, hidden_size=64, mlp_size=256, head_dim=16)
+@pytest.mark.parametrize("clears", [False, True])
+def test_memory_is_that_of_one_chunk_beside_keys_values_and_their_gradients(monkeypatch, clears):
+    if clears:
+        monkeypatch.setattr(chunkwise_cache._attention, "bwd", clearing)
+    step, params = model("float32", num_layers=2, hidden_size=64, mlp_size=256, head_dim=16)
     objective = Chunkwise(step, 64, panel=128)
     (short, short_cache), (long, long_cache) = (temporary(objective, step, params, n) for n in (1024, 4096))
-    assert long - long_cache < 1.1 * (short - short_cache) + 2**16
+    growth = (long - long_cache) - (short - short_cache)
+    assert (growth > long_cache / 32) == clears  # one buffer of one layer is an eighth
 
 
 RUN = loop.LoopConfig(steps=5, save_every=2, curve=False)

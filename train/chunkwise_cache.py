@@ -200,14 +200,11 @@ def _attention_backward(spec: Relay, kept, cotangents) -> Any:
     rows = tuple(grid.blocks(x) for x in (q, d_out, lse, delta))
     (d_table, relay_k, relay_v), d_q = lax.scan(block, start, (grid.numbers, rows))
     (d_q,) = grid.whole((d_q,))
-    # What is in the chunk's own slots is the cotangent of what it wrote there; what lay there before has none.
-    own = [lax.dynamic_slice_in_dim(x, shown.at, q.shape[2], 2) for x in (relay_k, relay_v)]
-    relays = [
-        lax.dynamic_update_slice_in_dim(x, jnp.zeros_like(mine), shown.at, 2)
-        for x, mine in zip((relay_k, relay_v), own, strict=True)
-    ]
+    # What is in the chunk's own slots is the cotangent of what it wrote there. It is left there, though what lay there
+    # before has none: earlier chunks do not look there, and to clear it costs XLA two copies of the whole buffer.
+    own = (lax.dynamic_slice_in_dim(x, shown.at, q.shape[2], 2) for x in (relay_k, relay_v))
     d_k, d_v = (mine.astype(x.dtype) for mine, x in zip(own, (k, v), strict=True))
-    return d_q, d_k, d_v, d_table, *relays, None, None, None
+    return d_q, d_k, d_v, d_table, relay_k, relay_v, None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
