@@ -1,9 +1,8 @@
 """Fixed-step solvers of dx/dt = v(x, t): Euler, Heun and midpoint over any increasing grid, forward and backward.
 
 One `lax.scan` over the grid; global error of order 1, 2 and 2 in the step (Euler 1768; Heun 1900; Runge 1895).
-Approximate: exact as the grid is refined. State: x and the guide's carry. `inverse` runs any of them from data to source, which is
-how an image is inverted (Dao et al. 2023, arXiv:2307.08698, sample with 50 steps of Euler or Heun, or adaptively, as
-`jaxinfer.flow.adaptive` does).
+Approximate: exact as the grid is refined. State: x and the carry. `inverse` runs any of them from data to source,
+which is how an image is inverted. Latent flow matching (arXiv:2307.08698) takes 50 steps, or `jaxinfer.flow.adaptive`.
 
 Stability: internal.
 """

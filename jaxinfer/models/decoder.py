@@ -20,8 +20,8 @@ from flax import struct
 from jaxinfer import ops
 from jaxinfer.cache.base import Block, Cache, new_blocks, write_block
 from jaxinfer.cache.dense import block_segment
-from jaxinfer.errors import InputError
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.declare import Declared
 from jaxinfer.models.moe import route
 
 # Runs layer i in its own way, or not at all: `around(i, run, x, positions, block) -> (x, block, notes)`, where
@@ -45,21 +45,10 @@ class Output:
     notes: tuple[Any, ...] = ()
 
 
-class Layer(nn.Module):
-    """A module whose weights may be arrays or any registered leaf type."""
+class Layer(Declared):
+    """A module of a decoder; its weights may be arrays or any registered leaf type."""
 
     config: ModelConfig
-
-    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init=None) -> Any:
-        """Declare a weight (at init) or read it (at apply), checking its logical shape."""
-        if not self.has_variable("params", name):
-            init = nn.initializers.normal(0.02) if init is None else init
-            return nn.unbox(self.param(name, nn.with_logical_partitioning(init, axes), shape))
-        found = nn.unbox(self.get_variable("params", name))
-        if tuple(found.shape) != shape:
-            path = "/".join((*self.path, name))
-            raise InputError(f"{path}: got shape {tuple(found.shape)}, the configuration needs {shape}")
-        return found
 
     def norm(self, name: str, x: jax.Array, size: int) -> jax.Array:
         """Root-mean-square norm over the last axis, in float32 or wider."""
