@@ -6,6 +6,7 @@ Stability: experimental.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from typing import Any
 
@@ -37,6 +38,17 @@ class AxisRules:
         """The table with rows changed or added: `TENSOR.replace(embed="data")`."""
         return AxisRules(tuple({**dict(self.table), **rows}.items()))
 
+    def __getitem__(self, logical: str) -> MeshAxes:
+        """The row of a logical axis. Raises ConfigError where there is none."""
+        rows = dict(self.table)
+        if logical not in rows:
+            raise ConfigError(f"logical axis {logical!r} has no row in the rules; rows: {', '.join(rows)}")
+        return rows[logical]
+
+    def parts(self, logical: str, mesh: Mesh) -> int:
+        """Into how many parts `mesh` cuts a logical axis."""
+        return math.prod(mesh.shape[axis] for axis in names(self[logical]))
+
     def spec(self, logical_axes: tuple[str | None, ...], path: str = "array") -> PartitionSpec:
         """The PartitionSpec of one array. Raises ConfigError where two of its axes would share a mesh axis."""
         rows = dict(self.table)
@@ -44,7 +56,7 @@ class AxisRules:
         if missing:
             raise ConfigError(f"{path}: logical axis {missing[0]!r} has no row in the rules; rows: {', '.join(rows)}")
         parts = [None if name is None else rows[name] for name in logical_axes]
-        used = Counter(axis for part in parts for axis in _names(part))
+        used = Counter(axis for part in parts for axis in names(part))
         twice = [axis for axis, count in used.items() if count > 1]
         if twice:
             raise ConfigError(f"{path}: mesh axis {twice[0]!r} would split two axes of {tuple(logical_axes)}")
@@ -54,6 +66,17 @@ class AxisRules:
 REPLICATED = AxisRules(tuple((name, None) for name in ("vocab", "embed", "heads", "kv_heads", "mlp", "experts")))
 TENSOR = REPLICATED.replace(vocab="tensor", heads="tensor", kv_heads="tensor", mlp="tensor")
 EXPERT = TENSOR.replace(experts="tensor", mlp=None)
+
+
+def constrain(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """`with_sharding_constraint`, also where the caller has set a mesh, whose axes then stand in for `mesh`."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec) if mesh_here(mesh) is mesh else spec)
+
+
+def mesh_here(mesh: Mesh) -> Any:
+    """The mesh in force in a program: the caller's abstract one (`jax.set_mesh`) where there is one, else `mesh`."""
+    here = jax.sharding.get_abstract_mesh()
+    return mesh if here.empty else here
 
 
 def shardings(model: Any, mesh: Mesh, rules: AxisRules, params: Any = None) -> dict[str, Any]:
@@ -78,8 +101,8 @@ def shardings(model: Any, mesh: Mesh, rules: AxisRules, params: Any = None) -> d
         if len(axes) != len(leaf.shape):
             raise InputError(f"{path}: shape {tuple(leaf.shape)} does not fit the model's axes {axes}")
         named = quant.map_axes(leaf, axes)
-        names, structure = jax.tree.flatten(named, is_leaf=_is_axes)
-        arrays = zip(quant.stored(leaf), names, strict=True)
+        axes_of, structure = jax.tree.flatten(named, is_leaf=_is_axes)
+        arrays = zip(quant.stored(leaf), axes_of, strict=True)
         found = [_sharding(path + child, array, axes, mesh, rules) for (child, array), axes in arrays]
         return jax.tree.unflatten(structure, found)
 
@@ -90,7 +113,7 @@ def shardings(model: Any, mesh: Mesh, rules: AxisRules, params: Any = None) -> d
 def _check_mesh(mesh: Mesh, rules: AxisRules, config: Any) -> None:
     for logical, axes in rules.table:
         parts = 1
-        for name in _names(axes):
+        for name in names(axes):
             if name not in mesh.axis_names:
                 raise ConfigError(f"the rules name mesh axis {name!r}; the mesh has {', '.join(mesh.axis_names)}")
             parts *= mesh.shape[name]
@@ -105,7 +128,7 @@ def _sharding(path: str, array: Any, axes: tuple[str | None, ...], mesh: Mesh, r
     spec = rules.spec(axes, path)
     for length, part in zip(array.shape, spec, strict=True):
         parts = 1
-        for name in _names(part):
+        for name in names(part):
             parts *= mesh.shape[name]
         if length % parts:
             what = f"{path}: shape {tuple(array.shape)} with axes {axes}"
@@ -123,7 +146,8 @@ def _is_axes(x: Any) -> bool:
     return type(x) is tuple
 
 
-def _names(part: MeshAxes) -> tuple[str, ...]:
+def names(part: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of a row, as a tuple."""
     if part is None:
         return ()
     return (part,) if isinstance(part, str) else tuple(part)
