@@ -239,7 +239,7 @@ def root_of_zero(params, batch, key):
 def test_what_is_not_finite_is_not_saved_also_between_logged_steps(tmp_path, broken):
     which = recipe(objective=globals()[broken])
     config = loop.LoopConfig(steps=12, save_every=3, log_every=12, curve=False)
-    with pytest.raises(JobError, match="is nan at step 9; the last checkpoint is before it"):
+    with pytest.raises(JobError, match="is nan at step 9; the last checkpoint is before it: that of step 6 below"):
         loop.train(which, fresh(which), config, tmp_path)
     checkpoints = loop.Checkpoints(tmp_path / "checkpoints", identity=which.identity)
     kept = checkpoints.restore(fresh(which))

@@ -314,7 +314,7 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
             step += 1
             if step % config.log_every == 0 or step == config.steps:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the device
-                _check_finite(values, step)
+                _check_finite(values, step, checkpoints)
                 log.step(step, values, tokens=tokens, seconds=time.perf_counter() - started, data_wait=waited)
                 waited, tokens, started = 0.0, 0, time.perf_counter()
             last = step == config.steps
@@ -325,7 +325,7 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
             due = config.save_seconds is not None and time.monotonic() - saved_at >= config.save_seconds
             due |= bool(config.save_every) and step % (config.save_every or 1) == 0
             if due or last or terminate.asked:
-                _check_finite(metrics, step)  # of a step that was not logged
+                _check_finite(metrics, step, checkpoints)  # of a step that was not logged
                 checkpoints.save(state, data.state() if isinstance(data, Source) else None)
                 saved_at = time.monotonic()
                 started = time.perf_counter()
@@ -334,8 +334,10 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
     return state
 
 
-def _check_finite(metrics: Mapping[str, Any], step: int) -> None:
+def _check_finite(metrics: Mapping[str, Any], step: int, checkpoints: Checkpoints) -> None:
     """JobError where the loss of update `step`, or the gradient that made the params after it, is not finite."""
     for name, words in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
         if not math.isfinite(value := float(metrics[name])):
-            raise JobError(f"{words} is {value} at step {step}; the last checkpoint is before it")
+            kept = checkpoints.latest()
+            which = "none was saved" if kept is None else f"that of step {kept} below {checkpoints.folder}"
+            raise JobError(f"{words} is {value} at step {step}; the last checkpoint is before it: {which}")
