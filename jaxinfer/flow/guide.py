@@ -33,6 +33,9 @@ class Guidance:
             raise ConfigError(f"the guidance scale must be finite, got {self.scale}")
 
 
+UNGUIDED = Guidance()
+
+
 def unguided(apply: Apply, params: Any, cond: Any) -> VelocityFn:
     """The model's instantaneous velocity under `cond` as a function of (x, t, carry)."""
 
