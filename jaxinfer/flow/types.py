@@ -125,12 +125,18 @@ def null(cond: Any) -> Any:
     return dataclasses.replace(cond, labels=labels, keep=keep)
 
 
+def explicit(cond: Any) -> Any:
+    """`cond` with the parts that its null has: `keep` stands where there are tokens."""
+    if isinstance(cond, Condition) and cond.tokens is not None and cond.keep is None:
+        return dataclasses.replace(cond, keep=jnp.ones(cond.tokens.shape[0], bool))
+    return cond
+
+
 def drop(key: jax.Array, cond: Any, rate: float, null: Null = null) -> Any:
     """`cond` with each row replaced by its null with probability `rate`: what makes guidance possible later."""
     leaves = jax.tree.leaves(cond)
     if not leaves or not rate:
         return cond
     dropped = jax.random.bernoulli(key, rate, (leaves[0].shape[0],))
-    if isinstance(cond, Condition) and cond.tokens is not None and cond.keep is None:
-        cond = dataclasses.replace(cond, keep=jnp.ones(cond.tokens.shape[0], bool))
+    cond = explicit(cond)
     return jax.tree.map(lambda x, nothing: jnp.where(bcast(dropped, x), nothing, x), cond, null(cond))
