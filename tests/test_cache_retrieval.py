@@ -46,6 +46,7 @@ def retrieved(spec, layer, x):
     return spec.of(dense.dense_view(state, at), x["q"], at, state.t), dense, state
 
 
+@pytest.mark.slow
 def test_the_chunks_with_the_largest_products_are_kept_and_the_first():
     rng = np.random.default_rng(1)
     layer = LAYERS["rope"]

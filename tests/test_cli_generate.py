@@ -66,6 +66,7 @@ def test_terminal_streams_the_same_text(monkeypatch, tiny_model, answer):
     assert shown.replace("\r\n", "\n") == answer.text + "\n"
 
 
+@pytest.mark.slow
 def test_formats_by_name(capsys, tiny_model):
     """The options build what the library is given: int8 weights, a sink cache."""
     formats = ["--weights", "int8:group=16", "--cache", "sink:sinks=2,window=8"]

@@ -134,16 +134,19 @@ def successors():
     return jnp.asarray(counts.argmax(1), jnp.int32)
 
 
+@pytest.mark.slow
 def test_gad_at_its_limit_is_greedy():
     checks.Greedy(GAD(Successors(), block=3, beta=1, tau=0.0), successors()).check()
 
 
+@pytest.mark.slow
 def test_relaxed_gad_is_not_greedy():
     check = checks.Greedy(GAD(Successors(), block=3, beta=3, tau=3.0), successors())
     assert toy.outputs(check.result(3)) != check.plain
     assert toy.outputs(check.result(0)) == check.plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [TopBeta(1, 0.0), TopBeta(1, 100.0), TopBeta(5, 0.0)])
 def test_each_setting_alone_makes_it_greedy(rule):
     law = jnp.asarray(np.random.default_rng(2).normal(size=(100, 4, V)), jnp.float32)

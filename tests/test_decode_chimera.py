@@ -72,6 +72,7 @@ def cache_error(run):
     return worst
 
 
+@pytest.mark.slow
 def test_the_cache_holds_the_true_hidden_states_and_drafting_is_what_training_iterates():
     """After prefill in chunks, and after steps that kept several drafts of a tree."""
     run = heads.Stepped(TREE, PARAMS, steps=5)

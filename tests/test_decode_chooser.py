@@ -96,6 +96,7 @@ def step(c, state, accepted, proposed=None):
     return c.count(state, proposal, Verdict(path, jnp.array([n]), jnp.array([0]), jnp.array([True]))), size
 
 
+@pytest.mark.slow
 def test_a_row_that_gains_nothing_stops_and_tries_once_in_64_steps():
     c, sizes = chooser(MILD), []
     state = fresh(c)
@@ -216,6 +217,7 @@ def test_no_cache_is_copied():
     assert toy.cache_copies(program, jax.eval_shape(lambda: model.new_cache(3, 36))) == []
 
 
+@pytest.mark.slow
 def test_curves_are_measured_on_the_machine():
     c = Chooser.measured(
         DraftModel(checks.MODEL, 4), checks.MODEL, checks.PARAMS, batch=2, capacity=16, draft_params=OTHER

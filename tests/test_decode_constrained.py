@@ -237,6 +237,7 @@ def law():
     return masked_law(toys.words(PATTERN, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "jump", "copies", "draft model"])
 def test_sampled_answers_follow_the_masked_law(law, name):
     samples, stats = sample(name)

@@ -72,6 +72,7 @@ def lag_and_error(drafter, bring_up=draft_chain.catch_up):
     return np.stack(behind), max(errors)
 
 
+@pytest.mark.slow
 def test_the_draft_cache_follows_what_was_copied(monkeypatch):
     behind, error = lag_and_error(DRAFTER)
     assert error < 1e-5

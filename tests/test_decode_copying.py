@@ -53,6 +53,7 @@ def test_greedy_output_is_plain_output(name):
     checks.Greedy(DRAFTERS[name]).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_sampled_output_follows_the_targets_law(name):
     checks.check_law(DRAFTERS[name])

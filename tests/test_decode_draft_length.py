@@ -39,6 +39,7 @@ class StopsAtTheDraw(DraftModel):
         return Proposal.of_chain(proposal.tokens, proposal.valid & (own > jnp.log(0.3)), proposal.q_logp), state
 
 
+@pytest.mark.slow
 def test_a_stop_that_sees_the_draw_is_caught():
     assert checks.law(StopsAtTheDraw(checks.MARKOV, 3), DRAFT)[0] > 12
 

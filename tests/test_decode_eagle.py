@@ -52,6 +52,7 @@ def feature_error(drafter):
     return worst
 
 
+@pytest.mark.slow
 def test_entries_are_made_of_true_features():
     """In chunks during prefill, one by one for the root, several at once after a step; the bug is seen."""
     assert feature_error(TREE) < 1e-4

@@ -133,6 +133,7 @@ def test_penalties_and_bans_inside_blocks(plain, scripted, values):
         assert (got.stats.forwards == -(-want.lengths // (gamma + 1))).all()
 
 
+@pytest.mark.slow
 def test_draft_model_and_its_cache(plain, drafted):
     """gamma as data, a poor draft and the target as its own; both caches against a fresh prefill at every step."""
     tokens, lengths = prompts(3)

@@ -70,6 +70,7 @@ def test_sampled_output_follows_the_targets_law():
     checks.check_law(Jacobi(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", ["token", "law"])
 def test_the_published_mistakes_are_seen(keeps):
     z, _ = checks.law(Stale(2, keeps=keeps))

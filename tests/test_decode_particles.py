@@ -71,11 +71,13 @@ def test_one_particle_is_plain_sampling_whatever_the_reward():
     assert distance(run(particles=1), beta=0.0)[0] < 5
 
 
+@pytest.mark.slow
 def test_more_particles_come_closer_to_the_tilted_law():
     far, near, close = (distance(run(particles=n))[1] for n in (1, 4, 32))
     assert far > 0.2 > near > close and close < 0.05, (far, near, close)
 
 
+@pytest.mark.slow
 def test_the_evidence_is_unbiased():
     """The mean of its exponential over many runs is Z; resampling always, never, or by the effective sample size."""
     for settings in (dict(), dict(ess=0.0), dict(ess=0.7, scheme="multinomial")):
@@ -84,21 +86,25 @@ def test_the_evidence_is_unbiased():
         assert abs(ratio.mean() - 1) < 5 * ratio.std() / ROWS**0.5, (settings, ratio.mean())
 
 
+@pytest.mark.slow
 def test_the_published_weights_tilt_further_and_are_told_apart():
     """Planted by the paper's code: the whole reward at every segment."""
     good, published = run(particles=32), run(particles=32, published=True)
     assert distance(good)[1] < 0.05 < 0.15 < distance(published)[1]
 
 
+@pytest.mark.slow
 def test_gibbs_passes_reach_the_tilted_law_with_few_particles():
     assert distance(run(particles=4))[0] > 12
     assert distance(run(particles=4, passes=12))[0] < 5
 
 
+@pytest.mark.slow
 def test_tempering_keeps_the_law_of_its_first_chain():
     assert distance(run(particles=4, passes=12, betas=(1.0, 0.3), rows=ROWS // 2))[0] < 5
 
 
+@pytest.mark.slow
 def test_hot_chains_exchange_only_by_the_metropolis_rule(monkeypatch):
     """Planted: neighbours always swap."""
     from jaxinfer.decode import particles
@@ -132,6 +138,7 @@ class Never:
         return jnp.where(bad, jnp.where(seq.length % 2 == 0, -jnp.inf, jnp.nan), 0.0)
 
 
+@pytest.mark.slow
 def test_caches_move_with_the_particles():
     """On a model with a cache, and segments that end at a token: every answer's tokens are likely under a forward anew
     exactly as they were drawn, so greedy particles of tiny temperature equal plain greedy decoding."""

@@ -47,6 +47,7 @@ class BonusToo(Chain):
         return tested, tested & ~rejected, q
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [SharedUniform(), BonusToo()], ids=["shared uniform", "guesses always stay"])
 def test_planted_bugs_are_seen(bug):
     assert checks.law(Pearl(checks.MARKOV, 3), NEAR, verifier=bug)[0] > 12

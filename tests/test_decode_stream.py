@@ -53,6 +53,7 @@ def test_prompts_of_one_token():
     assert toy.outputs(one) == toy.outputs(padded)
 
 
+@pytest.mark.slow
 def test_logprobs_are_the_models_own():
     """Of the chosen token and the likeliest three, under the raw logits of a fresh forward: no warp, no residual."""
     config = Config(

@@ -69,6 +69,7 @@ def _longer(a, b):
     return jax.tree.map(lambda x, y: jnp.where(take.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twins", [False, True])
 def test_tree_output_follows_the_targets_law(twins):
     checks.check_law(Fixed(twins))

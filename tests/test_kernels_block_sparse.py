@@ -84,6 +84,7 @@ def test_blocked_is_the_masked_softmax(name):
     assert_close(results(name, impl="blocked"), results(name, impl="ref"), factor=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, derandomize=True, deadline=None, database=None)
 @given(
     heads=st.sampled_from([(2, 2, 2), (4, 2, 1), (4, 1, 4)]),

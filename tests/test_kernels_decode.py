@@ -68,6 +68,7 @@ def calls(draw):
     return shapes, draw(st.sampled_from(kinds)), jnp.array(lengths, jnp.int32), options
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8", "int4"])
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)

@@ -68,6 +68,7 @@ def test_blocked_is_the_softmax(name):
     assert_close(results(name, impl="blocked", block=(16, 8)), results(name, impl="ref"), factor=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, derandomize=True, deadline=None, database=None)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2)]),
@@ -219,6 +220,7 @@ def test_empty_rows():
     assert not np.any(dq[2]) and not np.any(dk[2]) and not np.any(dv[2])
 
 
+@pytest.mark.slow
 def test_parts_combine():
     """Attention over two halves of the keys, merged, is attention over all of them."""
     (q, k, v), _, _ = problem("full")

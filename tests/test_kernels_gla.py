@@ -26,6 +26,7 @@ class TestGla(LinearChecks):
     def strong(gate):
         return jnp.full(gate.shape, -50.0).at[:, :, ::3].set(-1e-3).at[:, :, 40:50].set(-jnp.inf)
 
+    @pytest.mark.slow
     @few_shapes
     @some_shape
     def test_blocked_on_shapes(self, case, ragged):

@@ -25,6 +25,7 @@ class TestLightning(LinearChecks):
     def strong(gate):
         return jnp.full_like(gate, -50.0).at[0].set(-1e-3)
 
+    @pytest.mark.slow
     @few_shapes
     @some_shape
     def test_blocked_on_shapes(self, case, ragged):

@@ -100,6 +100,7 @@ def test_digits_are_as_exact_as_floats(name):
     assert (np.abs(short - want) > 2e-7 * scale).any(), "two digits would pass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("element", ["int3", "e4m3"])
 @settings(max_examples=4, derandomize=True, deadline=None, database=None)
 @given(

@@ -62,6 +62,7 @@ def copied(arrays, paths, prefix_lengths, suffix_lengths, **options):
     return quick_jit(functools.partial(decode, impl="ref", **options))(q, k, v, jnp.array(lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["all"])
 def test_equals_copies(name):
@@ -101,6 +102,7 @@ def test_one_prefix():
     checks.assert_close(got, written_out(q, pk, pv, sk, sv), "bfloat16")
 
 
+@pytest.mark.slow
 def test_invariant_rows():
     """A row's bits are the same whoever shares its prefixes, however long they are, wherever in the batch it stands."""
     attend = quick_jit(
@@ -141,6 +143,7 @@ def test_pack(prefixes):
 _pack = quick_jit(functools.partial(pack, count=4, size=2))
 
 
+@pytest.mark.slow
 def test_gradient():
     """The gradient in every array and in the slopes is that of the written-out reference."""
     cotangents = checks.normal(4, (B, H, T, D), (B, H, T))

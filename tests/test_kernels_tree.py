@@ -65,6 +65,7 @@ def test_equals_boolean_mask(name, data):
 _pack, _unpack = quick_jit(pack_ancestors), quick_jit(unpack_ancestors)
 
 
+@pytest.mark.slow
 def test_invariant_rows():
     """A row's bits are the same whatever the other row's length and tree."""
     x = arrays(4, seed=6)

@@ -151,6 +151,7 @@ ANCHORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANCHORS)
 def test_error_of_the_grid_matches_its_anchor(name):
     spec, anchor = ANCHORS[name]

@@ -30,6 +30,7 @@ def bench():
         sys.path.remove(str(ROOT / "scripts"))
 
 
+@pytest.mark.slow
 def test_the_wide_model_has_the_hidden_states_of_the_narrow_one(bench):
     """So packaged heads, which read them, draft for both alike."""
     config = ModelConfig(

@@ -121,6 +121,7 @@ def test_the_check_sees_laws_that_were_renormalised_or_exchanged():
             check_divergences(wrong)
 
 
+@pytest.mark.slow
 def test_a_token_that_the_target_rules_out_gives_a_finite_gradient():
     p = np.log(
         np.asarray([[0.5, 0.5, 0.0]], np.float32), where=[[True, True, False]], out=np.full((1, 3), -np.inf, "f")
@@ -322,6 +323,7 @@ def test_a_run_killed_with_sigkill_in_alignment_ends_in_the_same_bits(undisturbe
     assert (loop.fingerprint(params), losses(tmp_path)) == undisturbed
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_no_resume_begins_again(undisturbed, tmp_path):
     short = dataclasses.replace(SETTINGS, stages=(("text", 4),))
     run(tmp_path, settings=short)
@@ -353,6 +355,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
 # A restore that fails leaves Orbax's coroutines on a closed loop; they complain when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(undisturbed, tmp_path):
     run(tmp_path)
     newest = tmp_path / "align/checkpoints/4"

@@ -71,6 +71,7 @@ def test_a_resumed_run_of_other_settings_is_refused(tmp_path):
         loop.train(which, state, loop.LoopConfig(steps=24, curve=False), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_guess_is_compared_with_the_place_it_is_about():
     """The target's own logits, moved, are a perfect guess one further ahead; unmoved they are not (planted bug)."""
     batch = stream()(0)

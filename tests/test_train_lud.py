@@ -69,6 +69,7 @@ def test_every_pad_stands_for_a_later_token_of_its_text(outside):
     assert seen > 6
 
 
+@pytest.mark.slow
 def test_examples_in_one_sequence_cost_what_they_cost_alone(params):
     batch = packed()
     full = lud.add_examples(batch, np.ones(batch["ids"].shape, bool), UNITS, np.random.default_rng(2))
