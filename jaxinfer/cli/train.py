@@ -11,6 +11,7 @@ from jaxinfer.cli import codes, training
 from jaxinfer.cli.train_adapter import adapter
 from jaxinfer.cli.train_draft import draft
 from jaxinfer.cli.train_first import first
+from jaxinfer.cli.train_flow import flow
 from jaxinfer.cli.train_hamburger import hamburger
 from jaxinfer.cli.train_heads import heads
 from jaxinfer.cli.train_lm import lm
@@ -33,6 +34,7 @@ COMMANDS = {
     "lud": lud,
     "first": first,
     "hamburger": hamburger,
+    "flow": flow,
 }
 
 for name, command in COMMANDS.items():

@@ -3,6 +3,7 @@
 Stability: internal.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ def _image() -> Any:
     return image
 
 
-def grid(images: Any, columns: int | None = None) -> np.ndarray:
-    """images[N,H,W,C] in [-1, 1] side by side, f32[rows (H+1) + 1, columns (W+1) + 1, C] in [0, 1]."""
+def grid(images: Any, columns: int = 0) -> np.ndarray:
+    """images[N,H,W,C] in [-1, 1] side by side, in a square unless `columns` says, a line of grey between them:
+    f32[rows (H+1) + 1, columns (W+1) + 1, C] in [0, 1]."""
     images = np.clip(np.asarray(images, np.float32) * 0.5 + 0.5, 0, 1)
     if images.ndim != 4 or not len(images):
         raise InputError(f"a grid is of images[N,H,W,C], got {images.shape}")
     n, h, w, c = images.shape
-    columns = min(n, columns or int(np.ceil(np.sqrt(n))))
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = -(-n // columns)
     sheet = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 0.5, np.float32)
     for i, image in enumerate(images):
@@ -34,7 +36,7 @@ def grid(images: Any, columns: int | None = None) -> np.ndarray:
     return sheet
 
 
-def save_grid(path: str | Path, images: Any, *, columns: int | None = None, zoom: int = 2) -> None:
+def save_grid(path: str | Path, images: Any, *, columns: int = 0, zoom: int = 2) -> None:
     """Writes `grid(images)` as PNG, each pixel `zoom` pixels wide; 1 channel is grey, 3 are red, green and blue."""
     sheet = grid(images, columns)
     if sheet.shape[-1] not in (1, 3):

@@ -46,6 +46,7 @@ def save(directory: str | os.PathLike[str], model: FlowModel) -> None:
         "classes": list(model.classes),
         "condition": model.condition,
         "drop_rate": model.drop_rate,
+        "velocity": model.velocity,
     }
     write_json(directory / DESCRIPTION, record)
 
@@ -67,6 +68,7 @@ def load(directory: str | os.PathLike[str]) -> FlowModel:
             "classes": tuple(map(str, record["classes"])),
             "condition": record["condition"],
             "drop_rate": float(record["drop_rate"]),
+            "velocity": record["velocity"],
         }
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{file}: not the description of a flow: {type(error).__name__} {error}") from None

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import InputError
+from jaxinfer.flow.types import AnyArray
 
 HIDDEN = -1.0  # what a pixel in the hole is set to: the darkest value
 
 
-def _blocks(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def _blocks(x: AnyArray, size: tuple[int, int]) -> AnyArray:
     """x[B,H,W,C] as [B,h,H/h,w,W/w,C]. Raises `InputError` where h, w do not divide H, W."""
     b, height, width, c = x.shape
     h, w = size
@@ -29,13 +30,13 @@ def _blocks(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x.reshape(b, h, height // h, w, width // w, c)
 
 
-def check_mask(images: jax.Array, mask: jax.Array) -> None:
+def check_mask(images: AnyArray, mask: AnyArray) -> None:
     """Raises `InputError` unless the mask bool[B,H,W,1] fits images[B,H,W,C]."""
     if mask.shape != (*images.shape[:3], 1) or mask.dtype != bool:
         raise InputError(f"the mask is bool{(*images.shape[:3], 1)} (True: to paint), got {mask.dtype}{mask.shape}")
 
 
-def inpainting_condition(encode: Callable[[jax.Array], jax.Array], images: jax.Array, mask: jax.Array) -> jax.Array:
+def inpainting_condition(encode: Callable[[jax.Array], jax.Array], images: AnyArray, mask: AnyArray) -> jax.Array:
     """The condition f32[B,h,w,c+1] of images[B,H,W,C] with holes `mask` bool[B,H,W,1]: `encode` gives latents
     [B,h,w,c]. What is in the hole is not looked at."""
     check_mask(images, mask)
@@ -44,7 +45,7 @@ def inpainting_condition(encode: Callable[[jax.Array], jax.Array], images: jax.A
     return jnp.concatenate([known, jnp.where(hole, 1.0, -1.0).astype(known.dtype)], -1)
 
 
-def paste(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
+def paste(images: AnyArray, painted: AnyArray, mask: AnyArray) -> jax.Array:
     """What was painted in the hole, and the image everywhere else."""
     check_mask(images, mask)
     return jnp.where(mask, painted, images)

@@ -14,17 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import ConfigError, InputError
-from jaxinfer.flow import inversion
+from jaxinfer.flow import adaptive, inversion
+from jaxinfer.flow.adaptive import Tolerance
 from jaxinfer.flow.guide import UNGUIDED, Guidance, guided
 from jaxinfer.flow.inpaint import check_mask, inpainting_condition, paste
+from jaxinfer.flow.meanflow import mean_velocity_of, solve_mean
 from jaxinfer.flow.network import Network
 from jaxinfer.flow.schedule import check_grid
 from jaxinfer.flow.solve import FixedStep, heun
-from jaxinfer.flow.types import Condition
+from jaxinfer.flow.types import AnyArray, Condition
 from jaxinfer.models import autoencoder as vae
 from jaxinfer.models.autoencoder import AutoencoderConfig
 
 CONDITIONS = ("class", "inpaint", "semantic")
+VELOCITIES = ("instantaneous", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class FlowModel:
 
     classes: the names of the labels. condition: what the image beside x is, if anything (one of CONDITIONS).
     drop_rate: how often training dropped the condition; at 0 there is no null to guide away from.
+    velocity: what was trained, one of VELOCITIES; a mean velocity (MeanFlow) is sampled in one step or a few.
     """
 
     network: Network
@@ -42,8 +46,11 @@ class FlowModel:
     classes: tuple[str, ...] = ()
     condition: str = "class"
     drop_rate: float = 0.1
+    velocity: str = "instantaneous"
 
     def __post_init__(self):
+        if self.velocity not in VELOCITIES:
+            raise ConfigError(f"velocity {self.velocity!r} is none of {', '.join(VELOCITIES)}")
         if self.condition not in CONDITIONS:
             raise ConfigError(f"condition {self.condition!r} is none of {', '.join(CONDITIONS)}")
         latent = self.network.shape if self.autoencoder is None else self.autoencoder.latent_shape
@@ -56,7 +63,12 @@ class FlowModel:
         a = self.autoencoder
         return self.network.shape if a is None else (a.height, a.width, a.channels)
 
-    def encode(self, images: jax.Array) -> jax.Array:
+    @property
+    def default_solver(self) -> FixedStep:
+        """Steps by the mean velocity where that was trained, and Heun's otherwise."""
+        return solve_mean if self.velocity == "mean" else heun
+
+    def encode(self, images: AnyArray) -> jax.Array:
         """Latents [B,h,w,c] of images [B,H,W,C], without noise."""
         if images.shape[1:] != self.image_shape:
             raise InputError(f"an image is {images.shape[1:]}, the model's are {self.image_shape}")
@@ -94,20 +106,33 @@ class FlowModel:
         rows: int,
         ts: Any,
         *,
-        solver: FixedStep = heun,
+        solver: FixedStep | Tolerance | None = None,
         guidance: Guidance = UNGUIDED,
+        first: int = 0,
     ) -> jax.Array:
-        """Images [rows,H,W,C] under `cond` (which leads with rows) over the grid `ts`; row i's noise is of
-        fold_in(key, i), so that it does not depend on how many rows there are."""
+        """Images [rows,H,W,C] under `cond` (which leads with rows) over the grid `ts`. Row i's noise is of
+        fold_in(key, first + i), so that it does not depend on how many rows there are. The solver is `default_solver`
+        unless given; a `Tolerance` is dopri5, which takes the grid's ends only (`InputError` where its steps run out).
+        """
+        solver = self.default_solver if solver is None else solver
         check_grid(ts)
         self.check(cond, rows, guidance)
-        x = source(key, rows, self.network.shape)
+        if solver is solve_mean and (self.velocity != "mean" or guidance.scale != 1.0):
+            what = "a model trained on mean velocities" if self.velocity != "mean" else "guidance inside its training"
+            raise ConfigError(f"steps by the mean velocity need {what}")
+        x = source(key, rows, self.network.shape, first)
+        if isinstance(solver, Tolerance):
+            ends = (float(ts[0]), float(ts[-1]))
+            found = _adaptive(self.network, self.params, cond, x, ends, solver, guidance)
+            if not found.ok.all():
+                raise InputError(f"{int((~found.ok).sum())} rows need more than {solver.max_steps} steps of dopri5")
+            return self.decode(found.x)
         x = _sample(self.network, self.params, cond, x, jnp.asarray(ts, jnp.float32), solver, guidance)
         return self.decode(x)
 
     def edit(
         self,
-        images: jax.Array,
+        images: AnyArray,
         before: Condition,
         after: Condition,
         ts: Any,
@@ -127,12 +152,12 @@ class FlowModel:
     def inpaint(
         self,
         key: jax.Array,
-        images: jax.Array,
-        mask: jax.Array,
-        labels: jax.Array | None,
+        images: AnyArray,
+        mask: AnyArray,
+        labels: AnyArray | None,
         ts: Any,
         *,
-        solver: FixedStep = heun,
+        solver: FixedStep | None = None,
         guidance: Guidance = UNGUIDED,
     ) -> jax.Array:
         """Images [B,H,W,C] with their holes, mask bool[B,H,W,1], painted. Raises `ConfigError` for a model that was
@@ -144,9 +169,9 @@ class FlowModel:
         return paste(images, self.sample(key, cond, images.shape[0], ts, solver=solver, guidance=guidance), mask)
 
 
-def source(key: jax.Array, rows: int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal f32[rows, *shape], each row of a key of its own."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
+def source(key: jax.Array, rows: int, shape: tuple[int, ...], first: int = 0) -> jax.Array:
+    """Standard normal f32[rows, *shape]; row i is of fold_in(key, first + i)."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(rows))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
@@ -162,7 +187,16 @@ def _decode(config, params, latents):
 
 @functools.partial(jax.jit, static_argnames=("network", "solver", "guidance"))
 def _sample(network, params, cond, x, ts, solver, guidance):
+    if solver is solve_mean:
+        velocity: Any = mean_velocity_of(network, params, cond)  # a `MeanVelocityFn`, which this solver alone takes
+        return solve_mean(velocity, x, ts).x
     return solver(guided(network, params, cond, guidance), x, ts).x
+
+
+@functools.partial(jax.jit, static_argnames=("network", "ends", "tolerance", "guidance"))
+def _adaptive(network, params, cond, x, ends, tolerance, guidance):
+    velocity_of = lambda cond: guided(network, params, cond, guidance)  # noqa: E731
+    return adaptive.dopri5(velocity_of, x, cond, start=ends[0], end=ends[1], tolerance=tolerance)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "solver", "guidance"))

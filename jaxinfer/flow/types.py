@@ -14,7 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+AnyArray = jax.Array | np.ndarray
 
 
 class Times(NamedTuple):
@@ -62,10 +65,10 @@ class Condition:
     in place of the row's tokens. image f32[B,H,W,C] is concatenated to x along its channels (inpainting, label maps).
     """
 
-    labels: jax.Array | None = None
-    tokens: jax.Array | None = None
-    keep: jax.Array | None = None
-    image: jax.Array | None = None
+    labels: AnyArray | None = None
+    tokens: AnyArray | None = None
+    keep: AnyArray | None = None
+    image: AnyArray | None = None
 
 
 @struct.dataclass

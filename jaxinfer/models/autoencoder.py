@@ -14,6 +14,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.declare import Declared, layer_norm
@@ -109,13 +110,15 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images)[0])
 
 
-def posterior(config: AutoencoderConfig, params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def posterior(config: AutoencoderConfig, params, images: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Mean and log-variance of the unscaled latents [B,h,w,c] of images [B,H,W,C]."""
     mean, log_variance = Autoencoder(config).apply({"params": params}, images, method="encode")
     return jnp.asarray(mean), jnp.asarray(log_variance)
 
 
-def encode(config: AutoencoderConfig, params, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def encode(
+    config: AutoencoderConfig, params, images: jax.Array | np.ndarray, key: jax.Array | None = None
+) -> jax.Array:
     """The scaled latents [B,h,w,c] of images [B,H,W,C]: the posterior's mean, or a draw of it with a key."""
     mean, log_variance = posterior(config, params, images)
     if key is not None:

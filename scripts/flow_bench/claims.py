@@ -1,0 +1,85 @@
+"""What the papers lead one to expect, beside what this run found: one line each, from the table alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def find(table: Sequence[Row], method: str, sampler: str, steps: int) -> Row | None:
+    """The row of a method, its sampler and number of steps, if it was measured."""
+    keys = (method, sampler, steps)
+    return next((r for r in table if (r["method"], r["sampler"], r["steps"]) == keys), None)
+
+
+def mean_flow(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
+    """One step of MeanFlow against one of flow matching, in distance above the floor."""
+    flow, mean = find(table, "flow matching", "euler", 1), find(table, "MeanFlow", "mean velocity", 1)
+    if flow is None or mean is None:
+        return None
+    ratio = (flow["frechet_distance"] - floor) / max(mean["frechet_distance"] - floor, 1e-9)
+    found = f"{ratio:.1f} times nearer; recall {mean['recall']:.3f} against {flow['recall']:.3f}"
+    return "MeanFlow in one step: 3 times nearer the floor than flow matching, recall no lower", found
+
+
+def boss(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
+    """BOSS against uniform grids at 2, 4 and 8 steps."""
+    found = []
+    for steps in (2, 4, 8):
+        uniform, best = find(table, "flow matching", "euler", steps), find(table, "BOSS", "euler, best grid", steps)
+        if uniform is not None and best is not None:
+            found.append(f"{steps}: {best['frechet_distance']:.2f} against {uniform['frechet_distance']:.2f}")
+    return ("BOSS below uniform grids at 2 to 8 steps", "; ".join(found)) if found else None
+
+
+def blockwise(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
+    """The feature residual against flow matching of the same number of evaluations."""
+    found = []
+    for steps in (8, 16):
+        flow = find(table, "flow matching", "euler", steps)
+        block = find(table, "blockwise", "feature residual", steps)
+        if flow is not None and block is not None:
+            spread = "" if flow["deviation"] is None else f" (deviation over seeds {flow['deviation']:.2f})"
+            distance = f"{block['frechet_distance']:.2f} against {flow['frechet_distance']:.2f}{spread}"
+            found.append(f"{steps} steps: {distance} at {block['mflops'] / flow['mflops']:.2f} of the operations")
+    return ("Blockwise with residual: equal quality at half the operations", "; ".join(found)) if found else None
+
+
+def stream(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
+    """Frames a second of the stream batch over those of one frame after another."""
+    one, many = find(table, "stream", "frame after frame", 4), find(table, "stream", "stream batch", 4)
+    if one is None or many is None:
+        return None
+    found = f"{one['ms_per_sample'] / many['ms_per_sample']:.2f} times"
+    return "Stream batch: 1.4 times the throughput of sequential at 4 steps", found
+
+
+def caching(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
+    """CacheQuant against the same sampler without a cache: time and distance."""
+    plain, found = find(table, "CacheQuant", "uncached", 16), []
+    for row in table:
+        if plain is not None and row["method"] == "CacheQuant" and row["sampler"].startswith("best"):
+            faster = plain["ms_per_sample"] / row["ms_per_sample"]
+            distance = f"{row['frechet_distance']:.2f} against {plain['frechet_distance']:.2f}"
+            found.append(f"{row['sampler']}: {faster:.2f} times, {distance}")
+    return ("Caching: 1.5 times faster at equal quality", "; ".join(found)) if found else None
+
+
+def torchcfm(peers: Sequence[Row], table: Sequence[Row]) -> tuple[str, str] | None:
+    """Training throughput and final distance beside the peer's."""
+    speed = {r["peer"]: r["train_ms_per_update"] for r in peers if "train_ms_per_update" in r}
+    theirs = next((r for r in peers if r.get("steps") == 16), None)
+    ours = find(table, "flow matching", "euler", 16)
+    if not speed or theirs is None or ours is None:
+        return None
+    distances = f"{ours['frechet_distance']:.2f} against {theirs['frechet_distance']:.2f} at 16 steps"
+    ratio = speed["torchcfm"] / speed["jaxinfer"]
+    return "Against torchcfm: not slower, not worse", f"{ratio:.2f} times its training throughput; distance {distances}"
+
+
+def lines(table: Sequence[Row], floor: float, peers: Sequence[Row]) -> list[tuple[str, str]]:
+    """(expected, found) of everything that was measured."""
+    found = [claim(table, floor) for claim in (mean_flow, boss, blockwise, stream, caching)]
+    return [line for line in [*found, torchcfm(peers, table)] if line is not None]
