@@ -47,36 +47,37 @@ def apply(module: Experts, x: jax.Array, mesh: Mesh, rules: AxisRules, *, slack:
     """What `Experts` computes of `x[B, T, D]`, the experts split over the mesh axis of the `experts` row.
 
     Rows of the batch are split over that axis too; the weights' other axes as the table says (columns of the experts'
-    MLPs are summed, an embed axis is gathered). Raises ConfigError where batch rows are not split over the axis.
+    MLPs are summed in one all-reduce, an embed axis is gathered). A table that splits no experts exchanges nothing.
+    Raises ConfigError where batch rows are not split over the experts' axis.
     """
     c, axis = module.config, rules["experts"]
-    if not isinstance(axis, str) or axis not in names(rules["batch"]):
-        raise ConfigError(
-            f"experts are split over {axis!r}, and rows over {rules['batch']!r}: accepted: one axis, among the rows'"
-        )
-    shapes = {"gate": (c.num_experts, c.hidden_size, c.expert_size)}
-    shapes |= {"up": shapes["gate"], "down": (c.num_experts, c.expert_size, c.hidden_size)}
+    if axis is not None and (not isinstance(axis, str) or axis not in names(rules["batch"])):
+        got = f"experts are split over {axis!r}, and rows over {rules['batch']!r}"
+        raise ConfigError(f"{got}; accepted: one axis, among the rows'")
+    wide = (c.num_experts, c.hidden_size, c.expert_size)
+    shapes = {"gate": wide, "up": wide, "down": (c.num_experts, c.expert_size, c.hidden_size)}
     router = module.weight("router", (c.hidden_size, c.num_experts), ("embed", None))
     weights = {name: module.weight(name, shapes[name], axes) for name, axes in AXES.items()}
     # The embed axis arrives whole: a gather, as for every weight that is split over it.
     inner = rules.replace(embed=None)
-    is_axes = lambda leaf: type(leaf) is tuple  # noqa: E731
     placed = {
-        name: jax.tree.map(inner.spec, quant.map_axes(weights[name], axes), is_leaf=is_axes)
+        name: jax.tree.map(inner.spec, quant.map_axes(weights[name], axes), is_leaf=lambda leaf: type(leaf) is tuple)
         for name, axes in AXES.items()
     }
-    whole_rows = x.shape[1] % rules.parts("context", mesh)  # as `Sharded.split` does
-    tokens = PartitionSpec(rules["batch"], None if whole_rows else rules["context"], None)
-    summed = tuple(names(rules["mlp"]))
+    uneven = x.shape[1] % rules.parts("context", mesh)  # as `Sharded.split` does
+    tokens = PartitionSpec(rules["batch"], None if uneven else rules["context"], None)
+    columns = names(rules["mlp"])
+    parts = 1 if axis is None else mesh.shape[axis]
 
     def run(x, router, weights):
         flat = x.reshape(-1, x.shape[-1])
-        logits = ops.dot(flat, router)
-        routing = route(logits, c.experts_per_token, normalize=c.normalize_experts)
-        rows = _exchange(
-            routing, flat, weights, axis=axis, parts=mesh.shape[axis], config=c, slack=slack, summed=summed
-        )
-        return routing.gather(rows).reshape(x.shape)
+        routing = route(ops.dot(flat, router), c.experts_per_token, normalize=c.normalize_experts)
+        if axis is None:
+            rows = _run_experts(flat[routing.token], routing.group_sizes, weights, c)
+        else:
+            rows = _exchange(routing, flat, weights, axis=axis, parts=parts, config=c, slack=slack)
+        out = routing.gather(rows).reshape(x.shape)
+        return jax.lax.psum(out, columns) if columns else out
 
     whole = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * leaf.ndim), router)
     return jax.shard_map(
@@ -84,9 +85,7 @@ def apply(module: Experts, x: jax.Array, mesh: Mesh, rules: AxisRules, *, slack:
     )(x, router, weights)  # fmt: skip
 
 
-def _exchange(
-    routing: Routing, flat, weights, *, axis: str, parts: int, config: Any, slack: float, summed: tuple[str, ...]
-) -> jax.Array:
+def _exchange(routing: Routing, flat, weights, *, axis: str, parts: int, config: Any, slack: float) -> jax.Array:
     """The experts' outputs of the sorted rows `[M, D]`, of which each went to its expert's device and back."""
     c, k = config, config.experts_per_token
     total, own = routing.token.shape[0], c.num_experts // parts
@@ -104,17 +103,14 @@ def _exchange(
         sent = jnp.take(flat, jnp.take(routing.token, index, mode="clip"), axis=0)
         kind = jnp.where(live, jnp.take(expert, index, mode="clip") % own, own)  # own: an empty place
         rows, kinds = (jax.lax.all_to_all(y, axis, 0, 0, tiled=True) for y in (sent, kind))
-        done = _run_experts(rows.reshape(-1, rows.shape[-1]), kinds.reshape(-1), weights, own, c)
-        if summed:
-            done = jax.lax.psum(done, summed)
+        done = _run_unsorted(rows.reshape(-1, rows.shape[-1]), kinds.reshape(-1), weights, own, c)
         back = jax.lax.all_to_all(done.reshape(rows.shape), axis, 0, 0, tiled=True)
         return out.at[index].set(back, mode="drop")
 
     out = one(jnp.int32(0), jnp.zeros((total, flat.shape[1]), flat.dtype))
     if rounds == 1:
         return out
-    everyone = (axis, *summed)
-    needed = jax.lax.pmax(-(-count.max() // capacity), everyone)
+    needed = jax.lax.pmax(-(-count.max() // capacity), axis)
 
     def more(out, turn):
         return jax.lax.cond(turn < needed, one, lambda turn, out: out, turn, out), None
@@ -122,14 +118,18 @@ def _exchange(
     return jax.lax.scan(more, out, jnp.arange(1, rounds, dtype=jnp.int32))[0]
 
 
-def _run_experts(rows, kinds, weights, own: int, config: Any) -> jax.Array:
+def _run_unsorted(rows, kinds, weights, own: int, config: Any) -> jax.Array:
     """The device's experts over the rows that came, `kinds i32[M]` in 0 .. own, where `own` marks an empty place."""
     order = jnp.argsort(kinds, stable=True)
     sizes = jnp.zeros(own, jnp.int32).at[kinds].add(1, mode="drop")
-    # Empty places come last and belong to no group: give them to the last expert, and nobody reads what comes out.
+    # Empty places come last and belong to no group: the last expert takes them, and nobody reads what comes out.
     sizes = sizes.at[own - 1].add(rows.shape[0] - sizes.sum())
-    given = rows[order]
-    hidden = ACTIVATION[config.activation](ops.ragged_dot(given, weights["gate"], sizes))
-    hidden = hidden * ops.ragged_dot(given, weights["up"], sizes)
-    found = ops.ragged_dot(hidden, weights["down"], sizes)
+    found = _run_experts(rows[order], sizes, weights, config)
     return jnp.zeros_like(found).at[order].set(found)
+
+
+def _run_experts(rows, sizes, weights, config: Any) -> jax.Array:
+    """The gated MLPs of `rows[M, D]` that are sorted by expert, `sizes` of each."""
+    hidden = ACTIVATION[config.activation](ops.ragged_dot(rows, weights["gate"], sizes))
+    hidden = hidden * ops.ragged_dot(rows, weights["up"], sizes)
+    return ops.ragged_dot(hidden, weights["down"], sizes)

@@ -42,7 +42,10 @@ from jaxinfer.ops.attention import (
 from jaxinfer.ops.position import Alibi, T5Bias
 from jaxinfer.sharding.rules import AxisRules, mesh_here
 
-P = PartitionSpec
+
+def P(*axes: Any) -> Any:  # noqa: N802 - as everyone writes it; Any, since it stands where arrays do
+    """A PartitionSpec."""
+    return PartitionSpec(*axes)
 
 
 class Keys(NamedTuple):
@@ -206,7 +209,8 @@ def _backward(static, saved, cotangent):
 
     (_, dq, darrays), _ = jax.lax.scan(hop, (keys, dq, darrays), None, length=static.parts - 1)
     darrays = jax.lax.ppermute(darrays, static.axis, static.ring)
-    return dq, None, None, [Keys(dk, dv, None, None) for dk, dv in darrays]
+    none: Any = None
+    return dq, None, None, [Keys(dk, dv, none, none) for dk, dv in darrays]
 
 
 _ring.defvjp(_forward, _backward)
@@ -277,6 +281,15 @@ class ContextDense(Dense):
             raise ConfigError(
                 f"a context cache of {self.capacity} slots cannot be split over {self.rules['context']!r}"
             )
+
+    @property
+    def logical_axes(self) -> Any:
+        """The logical axes of a State's arrays: a `DenseState` of names."""
+        keys: Any = ("batch", "kv_heads", None, "context")
+        values: Any = ("batch", "kv_heads", "context", None)
+        marks: Any = ("batch", None, "context")
+        rows: Any = ("batch",)
+        return DenseState(keys, values, marks, rows)
 
     def attend(self, state: DenseState, block: Block, q, positions, mask, table=None) -> tuple[Part, None]:
         """As `Dense.attend`."""

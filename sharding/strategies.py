@@ -27,6 +27,7 @@ import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxinfer import cache as kv
+from jaxinfer import quant
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.decoder import Attention, Experts, Mlp
 from jaxinfer.sharding import experts as expert_parallel
@@ -88,6 +89,21 @@ def automatic(function: Callable[..., Any], mesh: Mesh, out: Any) -> Callable[..
     return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=out)
 
 
+def state_axes(spec: Any, state: Any) -> Any:
+    """The logical axes of each array of a cache's State (or Block), in its structure: rows, and heads where the second
+    axis is the heads'; what the Spec says itself, where it does (`logical_axes`)."""
+    own = getattr(spec, "logical_axes", None)
+    if own is not None:
+        return own
+    groups = spec.attention.num_kv_heads
+
+    def axes(leaf: Any) -> tuple[str | None, ...]:
+        heads = "kv_heads" if leaf.ndim > 2 and leaf.shape[1] == groups else None
+        return ("batch", heads, *[None] * leaf.ndim)[: leaf.ndim]
+
+    return jax.tree.map(axes, state)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharded:
     """`step` (a `jaxinfer.models.Step`) kept to `rules` on `mesh`: hashable, the static argument of any loop.
@@ -119,8 +135,10 @@ class Sharded:
 
     def __call__(self, params, inputs, positions, cache=None, block=None, at=0, mask=None, *, taps=()):
         """As `models.Step`. Without a cache under a context axis, attention goes round the ring."""
-        tokens = ("batch", "length", None)[: inputs.ndim]
-        inputs, positions = self.split(inputs, tokens), self.split(positions, ("batch", "length"))
+        # Not by `length`: what depends on positions is needed whole inside a block, and a split vocabulary's rows are
+        # summed over the very axis that would split the tokens.
+        tokens = ("batch", "context", None)
+        inputs, positions = self.split(inputs, tokens[: inputs.ndim]), self.split(positions, tokens[:2])
         training = cache is None
         if training and self._parts("context") > 1:
             cache = ContextCache(self.mesh, self.rules).empty(self.config, inputs.shape[0])
@@ -131,13 +149,13 @@ class Sharded:
             hidden=self.split(output.hidden, ("batch", "length", None)),
             taps=tuple(self.split(tap, ("batch", "length", None)) for tap in output.taps),
         )
-        return output, None if training else self._states(block)
+        return output, None if training else block
 
     def head(self, params, hidden: jax.Array) -> jax.Array:
         """Logits f32[..., V], split over the vocabulary."""
         logits = self.step.head(params, hidden)
-        between = (None,) * (logits.ndim - 2)
-        return self.split(logits, ("batch", *between, "vocab") if logits.ndim > 1 else ("vocab",))
+        axes = {2: ("batch", "vocab"), 3: ("batch", "context", "vocab")}.get(logits.ndim)
+        return logits if axes is None else self.split(logits, axes)
 
     def embed(self, params, ids: jax.Array) -> jax.Array:
         """As `models.Step.embed`."""
@@ -147,13 +165,11 @@ class Sharded:
         """An empty cache, split by rows and heads, and by slots where a context axis is there."""
         parts = self._parts("context")
         if parts == 1:
-            cache = self.step.new_cache(batch, capacity)
-            return dataclasses.replace(cache, states=self._states(cache.states))
+            return self._split_cache(self.step.new_cache(batch, capacity))
         policy = ContextCache(self.mesh, self.rules)
         layers = range(self.config.num_layers)
         specs = tuple(policy.spec(self.config.attention(i), capacity, self.step.dtype) for i in layers)
-        cache = kv.init(specs, batch)
-        return dataclasses.replace(cache, states=self._states(cache.states, slots=True))
+        return self._split_cache(kv.init(specs, batch))
 
     def split(self, x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         """`x` constrained to the table's layout of its logical axes."""
@@ -168,26 +184,29 @@ class Sharded:
     def _parts(self, logical: str) -> int:
         return self.rules.parts(logical, self.mesh)
 
-    def _states(self, states: Any, *, slots: bool = False) -> Any:
-        """Every leaf by rows, and by heads where its second axis is the heads'."""
-        groups = self.config.num_kv_heads
+    def _split_cache(self, cache: kv.Cache) -> kv.Cache:
+        pairs = zip(cache.specs, cache.states, strict=True)
+        states = tuple(jax.tree.map(self.split, state, state_axes(spec, state)) for spec, state in pairs)
+        return dataclasses.replace(cache, states=states)
 
-        def one(leaf: jax.Array) -> jax.Array:
-            heads = "kv_heads" if leaf.ndim > 2 and leaf.shape[1] == groups else None
-            axes = ["batch", heads, *[None] * leaf.ndim][: leaf.ndim]
-            if slots and leaf.ndim > 2:
-                axes[2] = "context"
-            return self.split(leaf, tuple(axes))
-
-        return jax.tree.map(one, states)
+    def _whole_rows(self, table: Any) -> Any:
+        """An embedding that is split both ways, gathered over its embed axis: XLA would exchange rows of the table.
+        Where only its embed axis is split, what is exchanged is the tokens' rows, and that is less."""
+        if self._parts("embed") == 1 or self._parts("vocab") == 1:
+            return table
+        named = quant.map_axes(table, ("vocab", "embed"))
+        whole = self.rules.replace(embed=None)
+        return jax.tree.map(lambda x, axes: tables.constrain(x, self.mesh, whole.spec(axes)), table, named)
 
     def _intercept(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         """Around the decoder's own modules: tokens whole (or by context) inside a block, as `length` says between."""
         module = context.module
+        if context.method_name == "_embed":
+            return run(self._whole_rows(args[0]), *args[1:], **kwargs)
         if context.method_name != "__call__" or not isinstance(module, Attention | Mlp | Experts):
             return run(*args, **kwargs)
         x, *rest = args
-        if isinstance(module, Experts) and self._parts("experts") > 1:
+        if isinstance(module, Experts) and self._parts("experts") * self._parts("mlp") > 1:
             return self.split(expert_parallel.apply(module, x, self.mesh, self.rules), ("batch", "length", None))
         out = run(self.split(x, ("batch", "context", None)), *rest, **kwargs)
         between = ("batch", "length", None)
