@@ -15,9 +15,12 @@ import jaxinfer
 from jaxinfer.cli import codes
 from jaxinfer.cli.compare import compare
 from jaxinfer.cli.doctor import doctor
+from jaxinfer.cli.edit import edit
 from jaxinfer.cli.generate import generate
 from jaxinfer.cli.info import info
 from jaxinfer.cli.methods import methods
+from jaxinfer.cli.plan import plan
+from jaxinfer.cli.sample import sample
 from jaxinfer.cli.train import train
 from jaxinfer.errors import JaxinferError
 
@@ -55,7 +58,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_it
 
 
-for command in (generate, compare, info, methods, doctor):
+for command in (generate, compare, sample, edit, info, plan, methods, doctor):
     app.command(epilog=codes.HELP)(_interruptible(command))
 app.add_typer(train, name="train")
 
