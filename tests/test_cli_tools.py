@@ -15,7 +15,7 @@ from jaxinfer.cli.specs import Registry
 from jaxinfer.errors import InputError
 
 KERNEL_FOLDER = Path(__file__).parent.parent / "pallas_kernels"
-COMMANDS = ("generate", "compare", "info", "methods", "doctor")
+COMMANDS = ("generate", "compare", "info", "plan", "methods", "doctor")
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
