@@ -318,13 +318,22 @@ def load(
     )  # fmt: skip
     if adapter is not None:
         params = merged(load_adapter(config, params, adapter))
-    if draft is not None and not isinstance(draft, LanguageModel | LoadedHead):
-        found = hub.resolve(draft, download=download)
-        if holds_head(found):
-            draft = load_head(found, dtype=dtype)
-        else:
-            draft = load(found, dtype=dtype, max_length=config.max_length)
+    draft = load_draft(draft, dtype=dtype, max_length=config.max_length, download=download)
     return LanguageModel(step, params, tokenizer, template, draft, directory)
+
+
+def load_draft(
+    draft: str | os.PathLike[str] | LanguageModel | LoadedHead | None,
+    *,
+    dtype: str,
+    max_length: int,
+    download: bool = False,
+) -> LanguageModel | LoadedHead | None:
+    """The draft model or head of a folder or name; what is loaded already comes back as it is."""
+    if draft is None or isinstance(draft, LanguageModel | LoadedHead):
+        return draft
+    found = hub.resolve(draft, download=download)
+    return load_head(found, dtype=dtype) if holds_head(found) else load(found, dtype=dtype, max_length=max_length)
 
 
 def merged(params: Any) -> dict[str, Any]:

@@ -68,19 +68,27 @@ def load_directory(
     directory = Path(directory)
     config = load_config(directory, max_length=max_length)
     weights = open_weights(directory)
-    shapes = {path: leaf.shape for path, leaf in _abstract(config).items()}
-    by_path = _shardings(shardings, shapes)
+    by_path = _shardings(shardings, _abstract(config))
     if (directory / MANIFEST).is_file():
         return config, _load_native(config, directory, weights, dtype, by_path, on_leaf)
-    rows = places(config, shapes)
-    names = canonical(weights)
-    _check(config, weights, rows, names)
+    rows, names = checked_places(config, weights)
     params = {}
     for row in rows:
-        source = _source(weights, row, names)
+        source = source_of(weights, row, names)
         array = _place(row.path, source, _dtype(dtype, source.dtype), by_path(row.path))
         params[row.path] = array if on_leaf is None else on_leaf(row.path, array)
     return config, unflatten_dict(params, sep="/")
+
+
+def checked_places(config: ModelConfig, weights: Weights) -> tuple[list[Place], dict[str, str]]:
+    """Where each param lies, and the names in the file of the tensors that places name (`hf_names.canonical`).
+
+    Raises one CheckpointError for all that is missing, extra or misshapen.
+    """
+    rows = places(config, {path: leaf.shape for path, leaf in _abstract(config).items()})
+    names = canonical(weights)
+    _check(config, weights, rows, names)
+    return rows, names
 
 
 def save_directory(
@@ -170,7 +178,8 @@ def _check(config: ModelConfig, weights: Weights, rows: Sequence[Place], names: 
         raise CheckpointError(f"{weights.path}: {what}: {'. '.join(problems)}")
 
 
-def _source(weights: Weights, row: Place, names: Mapping[str, str]) -> Source:
+def source_of(weights: Weights, row: Place, names: Mapping[str, str]) -> Source:
+    """A param as a view of the map: cut out of what is fused, transposed, stacked; nothing is copied."""
     views = [weights.read(names[name]) for name in row.names]
     if row.rows is not None:
         views = [view[row.rows[0] : row.rows[1]] for view in views]

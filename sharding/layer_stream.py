@@ -1,0 +1,213 @@
+"""Decoding a model whose layers do not fit into memory: they are read from its files ahead of the computation, in turn.
+
+Li et al. 2025, "TPI-LLM: Serving 70B-scale LLMs Efficiently on Low-resource Mobile Devices" (arXiv:2410.00531): a
+window of blocks slides over the layers and round to the first of them for the next token; a block is loaded while those
+before it compute, and released after its use. `LayerFiles` streams a Hugging Face directory so, and `StreamedStep` is
+the model as every loop here takes it: one program for all tokens, in which a layer asks the host for its weights. So
+all that runs a `Step` runs a streamed one: sampling, drafters (whose verified tokens share one pass over the file),
+beams, batch jobs, ragged rows, any cache.
+
+    layers = LayerFiles(directory, budget=600 * 2**20)
+    step, params = layers.step(), layers.resident()        # embedding, head and last norm stay in memory
+
+Guarantee: exact. The products are those of the model in memory with `quant.Transposed` weights (the order in which
+files hold them), bit for bit. State: none in the program; blocks of the window in host memory.
+Budget: bytes of layers that stand in memory at once: the window, and the layer that the program holds. With a mesh each
+process reads the slices of its own devices alone (the paper's tensor parallelism), within the budget of its process.
+
+Departures: a block is a layer, not its attention or MLP; the window is as wide as the budget allows, where the paper's
+default is 2 blocks; nothing is kept resident when the disk is slow, since a cyclic order makes every block equally far.
+The operating system's cache of file pages is not counted: it gives way when memory is short.
+
+Stability: experimental.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.experimental import io_callback
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxinfer import quant
+from jaxinfer.checkpoint import hub
+from jaxinfer.checkpoint.chat import ChatTemplate
+from jaxinfer.checkpoint.safetensors_io import open_weights, place
+from jaxinfer.checkpoint.tokenizer import Tokenizer
+from jaxinfer.decode.language_model import LanguageModel, load_draft
+from jaxinfer.errors import ConfigError
+from jaxinfer.models import ModelConfig, Step
+from jaxinfer.models.decoder import Decoder, DecoderLayer
+from jaxinfer.models.hf import MANIFEST, checked_places, load_config, source_of
+from jaxinfer.models.hf_names import Place
+from jaxinfer.sharding.layer_reader import Leaf, Reader, leaf_of, positions
+from jaxinfer.sharding.rules import AxisRules, shardings
+from jaxinfer.sharding.streamer import Block, Streamer
+
+
+class LayerSource(Protocol):
+    """Gives a layer's params inside the program, when the layers before it have run."""
+
+    def fetcher(self, params: Any) -> Callable[[int, jax.Array], Any]:
+        """`fetch(i, x) -> params of layer i` for one forward; `x` is the layer's input."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedStep(Step):
+    """A Step whose layers' params come from `source`; `params` holds the others. Inference alone: no gradients."""
+
+    source: Any = None  # a LayerSource; compared by identity
+
+    def __call__(
+        self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
+    ) -> Any:
+        """As `Step.__call__`."""
+        fetch = self.source.fetcher(params)
+
+        def around(i: int, run: Any, x: jax.Array, positions: jax.Array, block: Any) -> Any:
+            layer = DecoderLayer(self.config, layer=i, parent=None)
+            return layer.apply({"params": fetch(i, x)}, x, positions, block=block, **run.keywords)
+
+        variables = {"params": params}
+        return Decoder(self.config).apply(variables, inputs, positions, cache, block, at, mask, taps, around)
+
+
+class LayerFiles:
+    """The layers of a Hugging Face directory, streamed within `budget` bytes by `threads` threads.
+
+    dtype: of the params in the program; files are read as they are. mesh, rules: how layers are split over devices.
+    Raises CheckpointError for a directory that does not hold the model, ConfigError for a budget below three layers
+    (one in use, one read ahead, one in the program), naming the least that would do.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        budget: int,
+        dtype: str = "float32",
+        max_length: int | None = None,
+        threads: int = 2,
+        mesh: Mesh | None = None,
+        rules: AxisRules | None = None,
+    ):
+        directory = Path(directory)
+        self.config: ModelConfig = load_config(directory, max_length=max_length)
+        self.dtype, self.mesh = dtype, mesh
+        if (mesh is None) != (rules is None):
+            raise ConfigError("mesh and rules: got one of the two; accepts both or neither")
+        if (directory / MANIFEST).is_file():
+            raise ConfigError(f"{directory}: holds quantized weights; only plain tensors can be streamed")
+        self._weights = open_weights(directory)
+        rows, self._names = checked_places(self.config, self._weights)
+        self._shardings: dict[str, Any] = {}
+        if mesh is not None and rules is not None:
+            self._shardings = dict(quant.leaves(shardings(Step(self.config), mesh, rules)))
+        self._positions = positions(mesh)
+        self._resident = [row for row in rows if not row.path.startswith("layers_")]
+        self._layers = tuple(
+            tuple(self._leaf(row) for row in rows if row.path.startswith(f"layers_{i}/"))
+            for i in range(self.config.num_layers)
+        )
+        self._reader = Reader(self._weights, self._layers)
+        self.streamer = self._streamer(budget, threads)
+
+    def step(self, cache: Any = None) -> StreamedStep:
+        """The model for every loop, with a cache policy."""
+        step = StreamedStep(self.config, dtype=self.dtype, source=self)
+        return step if cache is None else dataclasses.replace(step, cache=cache)
+
+    def resident(self) -> dict[str, Any]:
+        """The params that are no layer's, placed."""
+        params = {}
+        for row in self._resident:
+            source = source_of(self._weights, row, self._names)
+            params[row.path] = place(source, dtype=self.dtype, sharding=self._shardings.get(row.path))
+        return unflatten_dict(params, sep="/")
+
+    def close(self) -> None:
+        """Stops reading and closes the files; the step cannot run any more."""
+        self.streamer.close()
+        self._reader.close()
+
+    def fetcher(self, params: Any) -> Callable[[int, jax.Array], Any]:
+        """Asks the host for a layer once its input is there, so that the program holds one layer at a time."""
+        del params
+        return self._fetch
+
+    def _fetch(self, i: int, x: jax.Array) -> dict[str, Any]:
+        leaves = self._layers[i]
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.local_shape, leaf.dtype) for leaf in leaves)
+        ready = x[(0,) * x.ndim]  # an argument of the call, so that it waits for the layer before
+        call = functools.partial(io_callback, self._take, shapes)
+        if self.mesh is None:
+            arrays = call(np.int32(i), np.int32(0), ready)
+        else:
+            names = self.mesh.axis_names
+            arrays = jax.shard_map(
+                lambda ready: call(np.int32(i), jax.lax.axis_index(names), ready),
+                mesh=self.mesh,
+                in_specs=PartitionSpec(),
+                out_specs=tuple(leaf.spec for leaf in leaves),
+                check_vma=False,  # what comes from the host has no type of its own
+            )(ready)
+        params = zip(leaves, arrays, strict=True)
+        return unflatten_dict({leaf.path: leaf.to_param(array, self.dtype) for leaf, array in params}, sep="/")
+
+    def _take(self, index: Any, position: Any, ready: Any) -> tuple[np.ndarray, ...]:
+        """The callback: a device's slices of layer `index`; XLA copies them before the device asks for another."""
+        del ready
+        place = int(position)
+        _, arrays = self.streamer.take(int(index), self._positions.index(place))
+        return arrays[place]
+
+    def _leaf(self, row: Place) -> Leaf:
+        tensors = tuple(self._weights.tensors[self._names[name]] for name in row.names)
+        return leaf_of(row, tensors, self._shardings.get(row.path))
+
+    def _streamer(self, budget: int, threads: int) -> Streamer:
+        size = self._reader.size
+        # The program holds the layer that it computes with on each device, and another form of what it converts.
+        forms = [(leaf.dtype, jnp.dtype(self.dtype)) for leaf in self._layers[0]]
+        wider = max(sum({a: a.itemsize, b: b.itemsize}.values()) / a.itemsize for a, b in forms)
+        inside = round(max(sum(leaf.nbytes for leaf in layer) for layer in self._layers) * wider) * len(self._positions)
+        if budget < 2 * size + inside:
+            what = f"two of its layers ({size} bytes each) in memory and {inside} bytes in the program"
+            raise ConfigError(f"budget: got {budget} bytes, accepts {2 * size + inside} or more: {what}")
+
+        # A ring of equal buffers, each as large as the largest layer.
+        def block(i: int) -> Block:
+            return Block(f"layer {i}", size, lambda: self._reader.load(i), lambda held: self._reader.spare(held[0]))
+
+        blocks = [block(i) for i in range(len(self._layers))]
+        return Streamer(blocks, budget=budget - inside, threads=threads, wrap=True, takers=len(self._positions))
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    budget: int,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    cache: Any = None,
+    draft: Any = None,
+) -> LanguageModel:
+    """As `jaxinfer.load`, with the layers streamed within `budget` bytes. Raises what `LayerFiles` raises."""
+    directory = hub.resolve(model)
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    layers = LayerFiles(directory, budget=budget, dtype=dtype, max_length=max_length)
+    tokenizer = Tokenizer.load(directory)
+    template = ChatTemplate.load(directory, special_tokens=tokenizer.special_tokens)
+    draft = load_draft(draft, dtype=dtype, max_length=layers.config.max_length)
+    return LanguageModel(layers.step(cache), layers.resident(), tokenizer, template, draft, directory)
