@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfer import ops
 from jaxinfer.cache.base import Block, Cache, new_blocks, write_block
@@ -91,14 +92,15 @@ class Attention(Layer):
         else:
             block = write_block(block, k, v, positions, at)
             part, notes = spec.attend(state, block, q, positions, mask, table)
-        out = jnp.swapaxes(part.out, 1, 2).reshape(*x.shape[:2], heads * dim)
+        out = jnp.swapaxes(part.out, 1, 2)
+        out = checkpoint_name(out.reshape(*out.shape[:2], heads * dim), "attention")
         out = self.linear("o", out, (heads * dim, c.hidden_size), ("heads", "embed"), bias=c.output_bias)
         return out, block, notes
 
     def _heads(self, name: str, x: jax.Array, heads: int, axes) -> jax.Array:
         c = self.config
         y = self.linear(name, x, (c.hidden_size, heads * c.head_dim), axes, bias=c.qkv_bias)
-        return y.reshape(*x.shape[:2], heads, c.head_dim)
+        return y.reshape(*y.shape[:2], heads, c.head_dim)  # a weight may gather tokens: y's axes, not x's
 
 
 class Mlp(Layer):
@@ -109,7 +111,7 @@ class Mlp(Layer):
         c = self.config
         gate = self.linear("gate", x, (c.hidden_size, c.mlp_size), ("embed", "mlp"), bias=c.mlp_bias)
         up = self.linear("up", x, (c.hidden_size, c.mlp_size), ("embed", "mlp"), bias=c.mlp_bias)
-        hidden = ACTIVATION[c.activation](gate) * up
+        hidden = checkpoint_name(ACTIVATION[c.activation](gate) * up, "mlp")
         return self.linear("down", hidden, (c.mlp_size, c.hidden_size), ("mlp", "embed"), bias=c.mlp_bias)
 
 
