@@ -165,7 +165,9 @@ def is_writer() -> bool:
 def joined(launch: Launch | None, *, timeout: float = 300.0, silence: float = 30.0) -> Iterator[Watch | None]:
     """Joins the processes for a `with` block, and watches them: a peer that dies ends this process (watch.py).
 
-    Nothing is done for None or a single process. `timeout`: seconds to wait for the others. Raises `ConfigError` where
+    An exception that leaves the block ends the others too, and this process with code 2 (jaxinfer's own errors) or 1;
+    one whose class says `together = True` is one that all processes raise, and does not. Nothing is done for None or a
+    single process. `timeout`: seconds to wait for the others. `silence`: as `Watch.start`. Raises `ConfigError` where
     the port is taken or JAX ran already, `PeerLost` where the others do not come. The block is meant to be the rest of
     the program: JAX cannot leave and join again.
     """
@@ -176,8 +178,9 @@ def joined(launch: Launch | None, *, timeout: float = 300.0, silence: float = 30
     watch = Watch.start(launch.host, launch.process_id, launch.processes, silence=silence, timeout=timeout)
     try:
         yield watch
-    except Exception as error:
-        watch.failed(error)
+    except (Exception, KeyboardInterrupt) as error:
+        if not getattr(error, "together", False):
+            watch.failed(error)
         raise
     finally:
         watch.close()

@@ -9,6 +9,7 @@ is told to all; and process 0 can send the others data, which they wait for with
 Stability: experimental.
 """
 
+import atexit
 import base64
 import ctypes
 import dataclasses
@@ -25,7 +26,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxinfer.errors import JobError
+from jaxinfer.errors import JaxinferError, JobError
 
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the scheduler may start the same command again
 _ABORT_WAIT = 3.0  # seconds for the watch to tell what the runtime is about to abort for
@@ -62,6 +63,7 @@ class Watch:
         self._received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._given_up: tuple[float, str] | None = None
+        self._own_end: int | None = None
         self._lost = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="watch", daemon=True)
 
@@ -116,9 +118,17 @@ class Watch:
     def failed(self, error: BaseException) -> None:
         """To be called with an exception that ends this process: tells the others, unless a lost peer is behind it, for
         then this process exits here."""
-        self._lost.wait(_ABORT_WAIT if not isinstance(error, JobError) else 0.5)
+        ours = isinstance(error, JaxinferError)
+        self._own_end = 2 if ours else 130 if isinstance(error, KeyboardInterrupt) else 1  # as the command line ends
+        atexit.register(self._end)  # before the runtime's own end, which would wait for the others and then abort
+        self._lost.wait(0.5 if ours else _ABORT_WAIT)
         text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         self._tell(b"failed %d %s" % (self.process, text.encode()))
+
+    def _end(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._leave(self._own_end or EXIT_AGAIN)
 
     def close(self) -> None:
         """Says goodbye; from here on the others may go on or end as they like."""
@@ -266,5 +276,7 @@ class Watch:
 
     def _on_abort(self) -> None:
         self._lost.wait(_ABORT_WAIT)
+        if self._given_up is not None:
+            self._exit(self._given_up[1])
         if self._lost.is_set():
             time.sleep(_ABORT_WAIT)  # the thread of the watch is on its way out

@@ -4,7 +4,9 @@ A recipe is an objective `(params, batch, key) -> (loss, metrics)`, data as a pu
 transformation; what is read but not trained (the target of a draft head, the base of an adapter) is its `frozen`. Data
 that the params themselves make, such as answers to be rewarded, come from a `Source`. A run that is killed at any
 moment and started again ends in the same bits as an undisturbed run on the same machine, because everything that a step
-reads is in the checkpoint (a Source's state too), in `frozen` or a function of the step.
+reads is in the checkpoint (a Source's state too), in `frozen` or a function of the step. Several processes run
+it alike (`sharding/launch.py` joins them): each saves its shards, one writes the metrics, and a SIGTERM at any of them
+stops all at one step.
 
 Stability: experimental.
 """
@@ -31,6 +33,7 @@ from flax import struct
 
 from jaxinfer.errors import CheckpointError, ConfigError, JobError
 from jaxinfer.train import metrics as record
+from jaxinfer.train import processes
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the scheduler may start the same command again
@@ -38,6 +41,8 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the scheduler may start the same command aga
 
 class Preempted(JobError):
     """The run saved its state after a SIGTERM and stopped; start the same command again to go on."""
+
+    together = True  # all processes of a run raise it, after the same step
 
 
 @struct.dataclass
@@ -82,6 +87,8 @@ class Recipe:
       step (each compiles once).
     evaluate: params -> {name: value}, on text that is held out.
     tokens: batch -> how many tokens the metrics should count.
+    batch_sharding: how a batch's leading axes lie on the mesh that the state lies on; None: as a single device has it.
+    local_data: `data` gives each process only its own rows, in the processes' order, instead of the whole batch.
     """
 
     objective: Objective
@@ -94,6 +101,8 @@ class Recipe:
     ema_decay: float | None = None
     frozen: Any = None
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch_sharding: jax.sharding.NamedSharding | None = None
+    local_data: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,28 +289,53 @@ def train(
     Below `folder`: `checkpoints/`, `metrics.jsonl` (one object a logged step) and `curve.png`. With `resume` the newest
     checkpoint replaces `state`, and metrics of updates that it does not hold are dropped, since they are made again;
     without, checkpoints that are there are removed.
+    A state that lies on a mesh stays as it lies; its leaves that do not are copied to all devices of the mesh.
     Raises `Preempted` after a SIGTERM (state saved), `JobError` when loss or gradient stop being finite (not saved).
     """
-    folder = Path(folder)
+    folder, writer = Path(folder), jax.process_index() == 0
     if not resume:  # Orbax saves no step below one that is there already
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if writer:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        processes.wait_for_all("checkpoints removed")
+    recipe, state = _on_mesh(recipe, state)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep, identity=recipe.identity)
     try:
         if resume and checkpoints.latest() is not None:
             state = checkpoints.restore(state)
             if isinstance(recipe.data, Source):
                 recipe.data.restore(checkpoints.restore_source(int(state.step)))
-        with record.Metrics(folder / "metrics.jsonl", first_step=int(state.step), last_step=config.steps) as log:
+        first, last = int(state.step), config.steps
+        with record.Metrics(folder / "metrics.jsonl", first_step=first, last_step=last, write=writer) as log:
             state = _run(recipe, state, config, checkpoints, log)
     finally:
         checkpoints.close()
-    if config.curve:
+    if config.curve and writer:
         record.draw_curve(folder / "metrics.jsonl", folder / "curve.png")
     return state
 
 
+def _on_mesh(recipe: Recipe, state: TrainState) -> tuple[Recipe, TrainState]:
+    """The recipe's `frozen` and the state on the mesh that some of the state lies on, or that the batch names."""
+    mesh = processes.mesh_of(state)
+    if recipe.batch_sharding is not None:
+        if mesh not in (None, recipe.batch_sharding.mesh):
+            raise ConfigError(
+                f"batch_sharding: got the mesh {recipe.batch_sharding.mesh}; accepted: the state's, {mesh}"
+            )
+        mesh = recipe.batch_sharding.mesh
+    if mesh is None:
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"the state: got arrays of one device, in {jax.process_count()} processes; accepted: arrays on a mesh "
+                "of all devices, or a batch_sharding that names one"
+            )
+        return recipe, state
+    return dataclasses.replace(recipe, frozen=processes.spread(recipe.frozen, mesh)), processes.spread(state, mesh)
+
+
 def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Checkpoints, log) -> TrainState:
-    train_step = jax.jit(make_train_step(recipe), donate_argnums=0)
+    lie = processes.output_shardings(state)
+    train_step = jax.jit(make_train_step(recipe), donate_argnums=0, out_shardings=lie)
     saved_at, waited, tokens = time.monotonic(), 0.0, 0
     started = time.perf_counter()
     step, data = int(state.step), recipe.data
@@ -310,6 +344,7 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
             fetch = time.perf_counter()
             batch = data.next(state.params, step) if isinstance(data, Source) else data(step)
             waited, tokens = waited + time.perf_counter() - fetch, tokens + recipe.tokens(batch)
+            batch = processes.place_batch(batch, recipe.batch_sharding, local=recipe.local_data)
             state, metrics = train_step(state, batch, recipe.frozen)
             step += 1
             if step % config.log_every == 0 or step == config.steps:
@@ -323,13 +358,16 @@ def _run(recipe: Recipe, state: TrainState, config: LoopConfig, checkpoints: Che
                 log.evaluation(step, recipe.evaluate(params))
                 started = time.perf_counter()
             due = config.save_seconds is not None and time.monotonic() - saved_at >= config.save_seconds
+            stop = terminate.asked
+            if jax.process_count() > 1:  # at steps that wait for the devices anyway, since to agree is to wait for them
+                due, stop = processes.agree(due, stop) if step % config.log_every == 0 or last else (False, False)
             due |= bool(config.save_every) and step % (config.save_every or 1) == 0
-            if due or last or terminate.asked:
+            if due or last or stop:
                 _check_finite(metrics, step, checkpoints)  # of a step that was not logged
                 checkpoints.save(state, data.state() if isinstance(data, Source) else None)
                 saved_at = time.monotonic()
                 started = time.perf_counter()
-            if terminate.asked and not last:
+            if stop and not last:
                 raise Preempted(f"stopped by SIGTERM after step {step}; start the same command again to go on")
     return state
 

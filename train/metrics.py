@@ -4,6 +4,7 @@ Stability: experimental.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -25,10 +26,14 @@ def read(path: str | Path) -> list[dict]:
 
 
 class Metrics:
-    """Appends to a JSONL file. Rows after `first_step` are dropped on entry: a resumed run makes them again."""
+    """Appends to a JSONL file. Rows after `first_step` are dropped on entry: a resumed run makes them again.
 
-    def __init__(self, path: str | Path, *, first_step: int, last_step: int):
-        self.path, self.first_step, self.last_step = Path(path), first_step, last_step
+    `write` False writes and shows nothing: of several processes one does.
+    """
+
+    def __init__(self, path: str | Path, *, first_step: int, last_step: int, write: bool = True):
+        self.path, self.first_step, self.last_step = Path(path if write else os.devnull), first_step, last_step
+        self._show = write and sys.stderr.isatty()
         self._bar: Any = None
 
     def __enter__(self) -> "Metrics":
@@ -40,7 +45,7 @@ class Metrics:
         for row in kept:
             self._write(row)
         self._last = self.first_step
-        if sys.stderr.isatty():
+        if self._show:
             self._bar = _bar()
             self._task = self._bar.add_task("", total=self.last_step, completed=self.first_step, words="")
             self._bar.start()

@@ -198,7 +198,7 @@ class DecodeEngine:
                 step=self._step, config=self._config, steps=s.steps,
             )  # fmt: skip
         self._ended = np.zeros(self.slots, bool)
-        seen = jax.device_get(seen)
+        seen = _fetch(seen)
         events = [self._event(slot, seen) for slot in sorted(self._filled)]
         self._filled -= {event.slot for event in events if event.finished is not None}
         return Look(events, int(seen.steps))
@@ -294,6 +294,19 @@ class _Seen:
     chosen: Any
     top_ids: Any
     top: Any
+
+
+def _fetch(tree: Any) -> Any:
+    """On the host. What is spread over several processes is gathered first, which all of them ask for together."""
+
+    def one(leaf: Any) -> Any:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(one, tree))
 
 
 def _rows(group: Sequence[Admission], s: Settings) -> tuple[Sampling, np.ndarray]:

@@ -5,12 +5,12 @@ Stability: experimental.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from jaxinfer.batch.params import SamplingParams
-from jaxinfer.cli import options
+from jaxinfer.cli import cluster, options
 from jaxinfer.cli.sampling import with_sampling
 from jaxinfer.errors import InputError
 
@@ -30,9 +30,14 @@ Seed = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check every row and stop before any weight is loaded.")]
 ForceNew = Annotated[bool, typer.Option("--force-new", help="Put a job of this output aside and begin a new one.")]
+RayWorkers = Annotated[
+    int | None,
+    typer.Option("--ray-workers", min=1, help="Work on the job with so many workers on a Ray cluster (extra: ray)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="With --prompt: the answer as one JSON line.")]
 
 
+@cluster.clustered
 @with_sampling
 def generate(
     prompt: Prompt = None,
@@ -46,11 +51,14 @@ def generate(
     cache: options.CacheKind = "auto",
     batch_size: BatchSize = "auto",
     max_length: options.MaxLength = None,
+    mesh: options.Mesh = None,
     seed: Seed = None,
     dry_run: DryRun = False,
     force_new: ForceNew = False,
+    ray_workers: RayWorkers = None,
     as_json: AsJson = False,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008 - immutable
+    watch: Any = None,
 ) -> None:
     """Continue prompts with a language model.
 
@@ -70,12 +78,15 @@ def generate(
     if prompt is not None:
         from jaxinfer.cli import one
 
-        if output is not None or dry_run or force_new:
+        if watch is not None:
+            raise InputError("--coordinator: got it with --prompt; accepted: with a job, --input and --output")
+        if output is not None or dry_run or force_new or ray_workers is not None:
             raise InputError(
-                "generate: got a job's option with --prompt; accepted: --output, --dry-run and --force-new with --input"
+                "generate: got a job's option with --prompt; accepted: --output, --dry-run, --force-new and "
+                "--ray-workers with --input"
             )
         text = sys.stdin.read() if prompt == "-" else prompt
-        lm = one.prepare(model, draft_model, options.format_of(weights, cache, adapter), max_length)
+        lm = one.prepare(model, draft_model, options.format_of(weights, cache, adapter), max_length, mesh)
         room = one.room(lm, [text], sampling.max_tokens)
         one.answer(
             lm, text, sampling, seed=seed or 0, as_json=as_json,
@@ -87,6 +98,10 @@ def generate(
     asked = job.Asked(
         inputs=input or [], output=output, model=model, draft_model=draft_model, drafter=drafter, weights=weights,
         cache=cache, batch_size=batch_size, max_length=max_length, seed=seed, force_new=force_new, sampling=sampling,
-        adapter=adapter,
+        adapter=adapter, mesh=mesh,
     )  # fmt: skip
-    raise typer.Exit(job.dry_run(asked) if dry_run else job.run(asked))
+    if ray_workers is not None and watch is not None:
+        raise InputError("--ray-workers: got it with --coordinator; accepted: one of them, since Ray starts its own")
+    if ray_workers is not None and not dry_run:
+        raise typer.Exit(job.run_on_ray(asked, ray_workers))
+    raise typer.Exit(job.dry_run(asked) if dry_run else job.run(asked, watch))

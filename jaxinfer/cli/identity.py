@@ -30,6 +30,7 @@ def fingerprint(asked: Asked, plan: Plan) -> dict[str, Any]:
         "weights": asked.weights,
         "dtype": plan.step.dtype,
         "cache": asked.cache,
+        "mesh": asked.mesh,
         "batch_size": asked.batch_size,
         "max_length": plan.step.config.max_length,
         "device": jax.local_devices()[0].device_kind,

@@ -23,6 +23,7 @@ PACKAGES = {
     "huggingface_hub": "models by name",
     "llguidance": "grammars (extra: grammar)",
     "matplotlib": "plots (extra: plot)",
+    "ray": "clusters of batch workers (extra: ray)",
     "torch": "comparisons (extra: peers)",
     "transformers": "comparisons (extra: peers)",
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jaxinfer.batch.params import SamplingParams
+from jaxinfer.checkpoint import hub
 from jaxinfer.cli import codes, compiled, options
 from jaxinfer.errors import InputError
 
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
     from jaxinfer.decode.language_model import Completion, LanguageModel
 
 
-def prepare(model: str, draft_model: str | None, chosen: options.Format, max_length: int | None) -> LanguageModel:
-    """The model loaded, with compiled programs kept and announced."""
+def prepare(
+    model: str, draft_model: str | None, chosen: options.Format, max_length: int | None, mesh: str | None = None
+) -> LanguageModel:
+    """The model loaded, over the devices of `mesh`, with compiled programs kept and announced."""
     compiled.use_cache()
     compiled.announce()
-    return options.load(model, chosen, max_length=max_length, draft_model=draft_model)
+    devices = None if mesh is None else options.mesh_of(mesh, options.step_of(hub.resolve(model), chosen, max_length))
+    return options.load(model, chosen, max_length=max_length, draft_model=draft_model, mesh=devices)
 
 
 def room(lm: LanguageModel, prompts: Sequence[str], max_tokens: int) -> int:

@@ -30,7 +30,8 @@ Weights = Annotated[
     str,
     typer.Option(
         "--weights",
-        help="Format of the weights: auto, f32, bf16, f16, int8[:group=64], int4, fp8, ...: see `jaxinfer methods`.",
+        help="Format of the weights: auto, f32, bf16, f16, int8[:group=64], int4, fp8, ...: see `jaxinfer methods`. "
+        "streamed:budget=600MB reads the layers from the model's files again and again, for what does not fit.",
     ),
 ]
 Adapter = Annotated[
@@ -44,6 +45,14 @@ MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", min=2, help="Most tokens of prompt and answer together; default: the model's."),
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="Split the model over devices: tensor=4 is four, by heads and MLP columns; data=2,tensor=4 is eight.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 InputFiles = Annotated[
     list[Path] | None,
@@ -51,6 +60,8 @@ InputFiles = Annotated[
 ]
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+UNITS = {"": 1, "B": 1} | {f"{k}B": 1000**i for i, k in enumerate("KMGT", 1)}
+UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
 WEIGHTS = Registry(
     "--weights",
     {
@@ -66,8 +77,9 @@ WEIGHTS = Registry(
         "trit-planes": "jaxinfer.quant.trit_planes:TritPlanes",
         "mixed": "jaxinfer.quant.mixed_rows:Mixed",
     },
-    also=("auto", *DTYPES),
+    also=("auto", *DTYPES, "streamed:budget=SIZE"),
 )
+STREAMED = Registry("--weights", {"streamed": "jaxinfer.cli.options:Streamed"})
 CACHES = Registry(
     "--cache",
     {
@@ -117,14 +129,31 @@ class DenseCache:
 
 
 @dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Weights that are read as they are needed, `budget` of the layers' bytes in memory at a time."""
+
+    budget: str
+
+    @property
+    def nbytes(self) -> int:
+        """The budget; InputError where it is no size."""
+        number = self.budget.rstrip("KMGTiB")
+        unit = UNITS.get(self.budget[len(number) :])
+        if unit is None or not number.isascii() or not number.replace(".", "", 1).isdigit():
+            raise InputError(f"--weights streamed: got budget={self.budget!r}; accepted: a size, as 600MB or 1.5GiB")
+        return int(float(number) * unit)
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """`--weights`, `--cache` and `--adapter` as values: `dtype` of what is not quantized, `rules` for `quant.apply`,
-    the cache, the adapter's folder."""
+    the cache, the adapter's folder, and the bytes of layers in memory where they are streamed."""
 
     dtype: str
     rules: tuple[tuple[str, Any], ...]
     cache: Any
     adapter: str | None = None
+    budget: int | None = None
 
 
 def format_of(weights: str, cache: str, adapter: str | None = None) -> Format:
@@ -135,12 +164,16 @@ def format_of(weights: str, cache: str, adapter: str | None = None) -> Format:
         if not holds_adapter(adapter):
             raise InputError(f"--adapter: got {adapter}; accepted: a folder with {CONFIG}")
     rules: tuple[tuple[str, Any], ...] = ()
-    dtype = "auto"
+    dtype, budget = "auto", None
     if weights in ("auto", *DTYPES):
         dtype = weights
+    elif weights.partition(":")[0] in STREAMED.entries:
+        budget = STREAMED.parse(weights).nbytes
+        if adapter is not None:
+            raise InputError("--adapter: got one with --weights streamed; accepted: a model that it is merged into")
     else:
         rules = rules_of(WEIGHTS.parse(weights))
-    return Format(dtype_of(dtype), rules, CACHES.parse(cache), adapter)
+    return Format(dtype_of(dtype), rules, CACHES.parse(cache), adapter, budget)
 
 
 def rules_of(spec: Any) -> tuple[tuple[str, Any], ...]:
@@ -165,14 +198,43 @@ def step_of(directory: Path, chosen: Format, max_length: int | None) -> Step:
     return Step(load_config(directory, max_length=max_length), chosen.cache, chosen.dtype)
 
 
-def load(model: str, chosen: Format, *, max_length: int | None, draft_model: str | None = None) -> LanguageModel:
-    """The model with the draft model that goes with it."""
+def load(
+    model: str, chosen: Format, *, max_length: int | None, draft_model: str | None = None, mesh: Any = None
+) -> LanguageModel:
+    """The model with the draft model that goes with it; on a `mesh`, split as its axes say, each process reading only
+    the bytes of its own devices."""
     from jaxinfer.decode.language_model import load as load_model
 
-    return load_model(
+    if chosen.budget is not None:
+        from jaxinfer.sharding import layer_stream
+
+        if mesh is not None:
+            raise InputError("--mesh: got one with --weights streamed; accepted: one of them")
+        return layer_stream.load(
+            model, budget=chosen.budget, dtype=chosen.dtype, max_length=max_length, cache=chosen.cache,
+            draft=draft_model,
+        )  # fmt: skip
+    lm = load_model(
         model, dtype=chosen.dtype, max_length=max_length, cache=chosen.cache, weights=chosen.rules,
         adapter=chosen.adapter, draft=draft_model,
+        shardings=None if mesh is None else lambda step: _sharded(step, mesh).shardings(),
     )  # fmt: skip
+    return lm if mesh is None else dataclasses.replace(lm, step=_sharded(lm.step, mesh))
+
+
+def mesh_of(text: str | None, step: Step) -> Any:
+    """`--mesh` as a Mesh of the devices that there are, checked against the model; None without it."""
+    if text is None:
+        return None
+    from jaxinfer.sharding.mesh import make_mesh, parse
+
+    return make_mesh(parse(text), step.config)
+
+
+def _sharded(step: Step, mesh: Any) -> Any:
+    from jaxinfer.sharding.strategies import sharded
+
+    return sharded(step, mesh)
 
 
 def draft_for(model: str, draft_model: str | None, drafters: str | None) -> str | None:

@@ -62,9 +62,16 @@ class Run:
         return LoopConfig(**{"steps": self.steps, "save_every": self.save_every, **changes})
 
     def train(self, recipe: Recipe, state: TrainState, name: str = "train", **changes: Any) -> TrainState:
-        """The recipe's run to its end, in the folder `name` below the output. `changes`: of the loop's settings."""
-        from jaxinfer.train import loop
+        """The recipe's run to its end, in the folder `name` below the output. `changes`: of the loop's settings.
 
+        Several processes share the rows of every batch, over all their devices; each keeps all of the state.
+        """
+        import jax
+
+        from jaxinfer.train import loop, processes
+
+        if jax.process_count() > 1:
+            recipe = dataclasses.replace(recipe, batch_sharding=processes.batch_axes(accumulate=recipe.accumulate))
         return loop.train(recipe, state, self.config(**changes), self.output / name, resume=self.resume)
 
 
