@@ -4,5 +4,5 @@
 #   compiles once is compiled once. -n 0 runs in one process, for --pdb. PYTHON=python3.12 picks a new .venv's interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh dev,plot,data
+scripts/setup.sh dev,plot,data,flow
 exec "${VENV:-.venv}/bin/pytest" -n auto --dist loadfile -m "not slow" --durations=15 "$@"
