@@ -46,7 +46,7 @@ class Lead:
 
     def __init__(self, engine: Engine, watch: Watch):
         self._engine, self._watch = engine, watch
-        if getattr(engine, "settings", None) is not None and engine.settings.grammars:
+        if getattr(getattr(engine, "settings", None), "grammars", False):
             raise ConfigError(
                 f"grammars: got rows with a grammar in {watch.processes} processes; accepted: in one process, "
                 "since a grammar's state stays in the process that compiled it"

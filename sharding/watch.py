@@ -122,6 +122,8 @@ class Watch:
         self._own_end = 2 if ours else 130 if isinstance(error, KeyboardInterrupt) else 1  # as the command line ends
         atexit.register(self._end)  # before the runtime's own end, which would wait for the others and then abort
         self._lost.wait(0.5 if ours else _ABORT_WAIT)
+        if self._given_up is not None and not ours:  # the runtime's complaint of one that failed and told us why
+            self._exit(self._given_up[1])
         text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         self._tell(b"failed %d %s" % (self.process, text.encode()))
 

@@ -191,6 +191,15 @@ def test_an_error_of_one_is_told_to_the_others_which_may_meet_their_own(monkeypa
     assert told.count("process 1 of 3 ended with an error: JobError: no space left; stopped.") == 2
 
 
+def test_what_the_runtime_says_of_a_process_that_failed_is_told_as_its_error(monkeypatch, capfd):
+    monkeypatch.setattr("jaxinfer.sharding.watch._ABORT_WAIT", 0.3)
+    with watches(2) as (found, left):
+        found[1].failed(InputError("disk"))
+        found[0].failed(RuntimeError("Connection closed by peer"))
+        assert left[0] == [EXIT_AGAIN]
+    assert "process 1 of 2 ended with an error: InputError: disk" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_wish_to_stop_reaches_all(asked):
     with watches(3) as (found, _):

@@ -318,11 +318,10 @@ def _on_mesh(recipe: Recipe, state: TrainState) -> tuple[Recipe, TrainState]:
     """The recipe's `frozen` and the state on the mesh that some of the state lies on, or that the batch names."""
     mesh = processes.mesh_of(state)
     if recipe.batch_sharding is not None:
-        if mesh not in (None, recipe.batch_sharding.mesh):
-            raise ConfigError(
-                f"batch_sharding: got the mesh {recipe.batch_sharding.mesh}; accepted: the state's, {mesh}"
-            )
-        mesh = recipe.batch_sharding.mesh
+        asked = processes.mesh_of(recipe.batch_sharding)
+        if mesh not in (None, asked):
+            raise ConfigError(f"batch_sharding: got the mesh {asked}; accepted: the state's, {mesh}")
+        mesh = asked
     if mesh is None:
         if jax.process_count() > 1:
             raise ConfigError(

@@ -9,6 +9,7 @@ Stability: internal.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,9 +18,9 @@ from jaxinfer.sharding.mesh import ROWS, make_mesh
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that some leaf of the tree lies on; None where all are on single devices."""
+    """The mesh that some leaf of the tree, an array or a sharding, lies on; None where all are on single devices."""
     for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
+        sharding = getattr(leaf, "sharding", leaf)
         if isinstance(sharding, NamedSharding):
             return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
     return None
@@ -36,7 +37,7 @@ def spread(tree: Any, mesh: Mesh) -> Any:
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
             return leaf
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             impl = jax.random.key_impl(leaf)
             wrap = jax.jit(lambda data: jax.random.wrap_key_data(data, impl=impl), out_shardings=whole)
             return wrap(one(jax.random.key_data(leaf)))
