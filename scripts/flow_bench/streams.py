@@ -1,0 +1,79 @@
+"""A stream of frames at four steps each: one frame at a time, and the stream batch; and guidance for less.
+
+Guided samples (scale 2): classifier-free guidance runs the model twice a step, onetime residual guidance once more in
+all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flow_bench.bench import Bench, Entry, Sampler
+from jaxinfer.flow.guide import Guidance, guided, unguided
+from jaxinfer.flow.pipeline import Pipeline, sequential
+from jaxinfer.flow.schedule import uniform
+from jaxinfer.flow.solve import euler
+from jaxinfer.flow.streamdiffusion import first_estimate, residual_guide
+from jaxinfer.flow.types import Condition, bcast
+
+SCALE = 2.0
+
+
+def stream(bench: Bench, seed: int) -> list[Sampler]:
+    """The frames are the samples, in turn."""
+    params, steps = bench.flow(seed), 4
+    grid = jnp.asarray(uniform(steps))
+
+    def stage(p, row, k, resident):
+        x, labels = row
+        t = grid[k]
+        v = bench.network(p, x, t, t, Condition(labels=labels)).v
+        return (x + bcast(grid[k + 1] - t, x) * v, labels), resident
+
+    pipe = Pipeline(stage, steps)
+    tick = jax.jit(pipe.tick, donate_argnums=1)
+    one = jax.jit(lambda p, frame: sequential(pipe, p, jax.tree.map(lambda x: x[None], frame))[0])
+
+    def batched(x: jax.Array, labels: Any) -> jax.Array:
+        labels = np.asarray(labels)
+        state, out = pipe.init((x[0], labels[0])), []
+        for i in range(len(x) + steps - 1):
+            j = min(i, len(x) - 1)
+            state, found = tick(params, state, (x[j], labels[j]), i < len(x))
+            out.append(found.frame[0])
+        return jnp.stack(out[steps - 1 :])
+
+    def alone(x: jax.Array, labels: Any) -> jax.Array:
+        labels = np.asarray(labels)
+        return jnp.concatenate([one(params, (x[i], labels[i]))[0] for i in range(len(x))])
+
+    return [Sampler("frame after frame", steps, steps, alone), Sampler("stream batch", steps, steps, batched)]
+
+
+def guidance(bench: Bench, seed: int) -> list[Sampler]:
+    """Four and eight steps of Euler, guided by the null's velocity and by a straight line to its first estimate."""
+    params = bench.flow(seed)
+    found = []
+    for steps in (4, 8):
+        grid = uniform(steps)
+
+        def full(p, x, y, grid=grid):
+            return euler(guided(bench.network, p, Condition(labels=y), Guidance(SCALE)), x, grid).x
+
+        def onetime(p, x, y, grid=grid):
+            nothing = unguided(bench.network, p, Condition(labels=jnp.full_like(y, -1)))
+            source = first_estimate(nothing, x, jnp.zeros(x.shape[0]))
+            velocity = unguided(bench.network, p, Condition(labels=y))
+            return euler(residual_guide(velocity, source, scale=SCALE), x, grid).x
+
+        for label, run, evaluations in (("classifier-free", full, 2 * steps), ("onetime residual", onetime, steps + 1)):
+            program = jax.jit(run)
+            found.append(Sampler(label, steps, evaluations, lambda x, y, f=program: f(params, x, np.asarray(y))))
+    return found
+
+
+ENTRIES = [Entry("stream", stream), Entry("guidance 2", guidance)]
