@@ -46,15 +46,10 @@ from jaxinfer.sharding.strategies import sharded  # noqa: E402
 from jaxinfer.train.lm import NextToken  # noqa: E402
 
 CONFIG = ModelConfig(
-    vocab_size=512,
-    hidden_size=128,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=16,
-    mlp_size=256,
+    vocab_size=512, hidden_size=128, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, mlp_size=256,
     max_length=256,
-)
+)  # fmt: skip
+DEEP = dataclasses.replace(CONFIG, num_layers=4)  # a layer a stage
 EXPERTS = dataclasses.replace(CONFIG, num_experts=8, experts_per_token=2, expert_size=128)
 LLAMA_70B = ModelConfig(
     vocab_size=128256, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, mlp_size=28672,
@@ -70,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--small", action="store_true", help="two strategies and two layers: what the test runs")
+    parser.add_argument("--small", action="store_true", help="one strategy, fewer micro-batches: what the test runs")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -126,7 +121,7 @@ def step(model: str, config: ModelConfig, text: str, kind: str) -> tuple[dict[st
         inputs = (params, ids, positions, cache)
     compiled = function.lower(*inputs).compile()
     plan = planner.predict(plain, parse(axes) if axes else {}, job, sequence=order == "sequence")
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     row = {
         "kind": "step", "model": model, "mesh": text or "one device", "step": kind, "ms": 0.0,
         "argument_mib": memory.argument_size_in_bytes / 2**20,
@@ -143,9 +138,9 @@ def pipelines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """GPipe and 1F1B on four stages."""
     rows, timed = [], {}
     microbatches = (4,) if arguments.small else (4, 8)
-    mesh = make_mesh({"stage": 4}, CONFIG)
-    cut = stages.Stages.even(CONFIG.num_layers, 4)
-    whole = Step(CONFIG)
+    mesh = make_mesh({"stage": 4}, DEEP)
+    cut = stages.Stages.even(DEEP.num_layers, 4)
+    whole = Step(DEEP)
     params = jax.device_put(
         stages.split(whole.init(jax.random.key(0)), cut), stages.shardings(whole, mesh, REPLICATED, cut)
     )  # fmt: skip
@@ -157,11 +152,12 @@ def pipelines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             loss = PipelineLoss(whole, mesh, cut, count, schedule)
             compiled = jax.jit(loss.value_and_grad).lower(params, batch).compile()
             (_, metrics), _ = compiled(params, batch)
+            memory: Any = compiled.memory_analysis()
             rows.append(
                 {
                     "kind": "pipeline", "mesh": "stage=4", "schedule": schedule, "microbatches": count, "ms": 0.0,
                     "bubble": float(metrics["bubble"]), "formula": bubble_formula(schedule, 4, count),
-                    "held": loss.table.held, "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+                    "held": loss.table.held, "temp_mib": memory.temp_size_in_bytes / 2**20,
                 }
             )  # fmt: skip
             timed[f"{schedule} {count}"] = lambda compiled=compiled: compiled(params, batch)

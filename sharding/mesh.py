@@ -47,7 +47,7 @@ def make_mesh(
     config: Any = None,
     *,
     batch: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     explicit: bool = False,
 ) -> Mesh:
     """A mesh of `axes` on the first `devices` (None: all that there are); its axes are Auto, or Explicit.

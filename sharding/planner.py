@@ -244,11 +244,12 @@ def _sends(s: _Sizes, pairs: Any, gathered: Sequence[int], *, training: bool) ->
     """Bytes that a device sends, by what for."""
     c, expert, vocab = s.config, s.rules.parts("experts", s.mesh), s.vocab
     found: dict[str, float] = {}
-    # Tensor: a sum after attention and one after the MLP, one of the embedding's rows; backward, of each block's input
-    # and of the head's. (Split between blocks, a reduce-scatter and a gather send the same.)
-    sums = 2 * s.layers + (vocab > 1)
-    sums = 2 * sums if training else sums
-    found["tensor"] = sums * _all_reduce(s.stream, s.tensor)
+    # Tensor: a sum after attention and one after the MLP, one of the embedding's rows; backward, of the gradient that
+    # each product hands back to its input (q, k, v; gate, up, or all experts together; the head). XLA for CPUs sums
+    # these one by one. (Split between blocks, a reduce-scatter and a gather send the same.)
+    forward = 2 * s.layers + (vocab > 1)
+    backward = 5 * s.layers - s.sparse + (vocab > 1)
+    found["tensor"] = (forward + backward * training) * _all_reduce(s.stream, s.tensor)
     if training and vocab > 1:  # the peak of the logits, their sum, the target's
         found["tensor"] += 3 * _all_reduce(s.rows * s.tokens * 4, vocab)
     fsdp = s.rules.parts("embed", s.mesh)
@@ -285,10 +286,11 @@ def _gradient(leaf: Any, sharding: Any, s: _Sizes) -> float:
     """A weight's gradient is summed over the axes that split rows or tokens and not the weight; over one that splits
     both it is scattered."""
     own = [axis for part in sharding.spec for axis in names(part)]
-    over = math.prod(s.mesh.shape[axis] for axis in (*ROWS, "context") if axis in s.mesh.shape and axis not in own)
+    rows = math.prod(s.mesh.shape[axis] for axis in ROWS if axis in s.mesh.shape and axis not in own)
     count = _local(leaf, sharding) * 4 / leaf.dtype.itemsize
     fsdp = s.mesh.shape["fsdp"] if "fsdp" in own else 1
-    return _all_reduce(count, over) + count * (fsdp - 1)
+    # Rows and tokens are two axes of an array, and XLA sums over one after the other.
+    return _all_reduce(count, rows) + _all_reduce(count, s.context) + count * (fsdp - 1)
 
 
 def _gathered(pairs: Any, rules: AxisRules) -> list[int]:
@@ -306,6 +308,8 @@ def _work(s: _Sizes, weights: int, gathered: Sequence[int], *, training: bool) -
     c = s.config
     mlp = max(c.mlp_size, c.experts_per_token * c.expert_size) / s.tensor
     token = 8 * c.hidden_size + 5 * mlp + 5 * s.heads * c.head_dim
+    if s.sparse:  # rows sorted by expert
+        token += c.experts_per_token * 2 * c.hidden_size
     keys = s.job.capacity // s.context + (s.tokens if s.ringed or s.context == 1 else s.job.tokens)
     scores = (3 if training else 2) * s.rows * s.heads * s.tokens * keys
     logits = (3 if training else 2) * s.rows * s.tokens * c.vocab_size / s.rules.parts("vocab", s.mesh)

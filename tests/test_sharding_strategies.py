@@ -17,6 +17,7 @@ from jaxinfer.models import ModelConfig, Step
 from jaxinfer.models.decoder import Mlp
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.collectives import collectives
+from jaxinfer.sharding.ring_attention import zigzag
 from jaxinfer.sharding.strategies import Sharded, automatic, product, sharded, strategy_for
 from jaxinfer.train.lm import NextToken
 
@@ -222,6 +223,18 @@ def test_every_strategy_has_the_logits_and_gradients_of_one_device(model, text):
     kind, _, axes = text.rpartition(":")
     step = step_on(MODELS[model], axes, sequence=kind == "sequence")
     assert worst(jax.jit(loss_gradients_logits(step))(*placed(step)), expected(MODELS[model])) < 1e-5
+
+
+@pytest.mark.slow
+def test_tokens_in_zigzag_order_train_alike():
+    """The order in which the ring's work is balanced: everything that a token has moves with it."""
+    step = step_on(DENSE, "data=2,context=4")
+    params, batch = placed(step)
+    order = zigzag(LENGTH, 4)
+    moved = {name: x[:, order] for name, x in batch.items()}
+    run = jax.jit(jax.value_and_grad(NextToken(step), has_aux=True))
+    (loss, _), gradients = run(params, moved, None)
+    assert worst((loss, gradients), expected(DENSE)[:2]) < 1e-5
 
 
 class HalvedSum(Sharded):
