@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from jaxinfer.cli import training
+from jaxinfer.cli import cluster, training
 
 
+@cluster.clustered
 def lm(
     output: training.Output,
     target: training.Target = "tinycode",
@@ -27,6 +28,8 @@ def lm(
     \b
     Example:
       jaxinfer train lm --target tinycode --data src/ --output runs/mine --steps 200
+    Over several machines, each with its own number (or, under SLURM, --coordinator auto):
+      jaxinfer train lm ... --coordinator node1:1234 --processes 2 --process-id 0
     """
     import jax
 
@@ -52,5 +55,7 @@ def lm(
     state = run.train(recipe, state, evaluate_every=100)
     training.export(model, state.params, output)
     after = text.bits_per_byte(model.step, state.params, documents=16)
+    if jax.process_index():
+        return
     note(f"wrote {output}: {before:.3f} bits per byte of held-out text before, {after:.3f} after")
     print_json({"output": str(output), "bits_per_byte_before": before, "bits_per_byte": after})
