@@ -21,8 +21,8 @@ DROP, EMA = 0.1, 0.999
 
 
 def available() -> bool:
-    """Whether torch and torchcfm are installed."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "torchcfm"))
+    """Whether torch and torchcfm are installed, and POT (`ot`), which torchcfm imports."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "torchcfm", "ot"))
 
 
 def _network(config: Any) -> Any:
