@@ -136,7 +136,8 @@ class LayerFiles:
         return unflatten_dict(params, sep="/")
 
     def close(self) -> None:
-        """Stops reading and closes the files; the step cannot run any more."""
+        """Waits for programs that run, stops reading and closes the files; the step cannot run any more."""
+        jax.effects_barrier()
         self.streamer.close()
         self._reader.close()
 
