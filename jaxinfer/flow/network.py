@@ -33,7 +33,7 @@ class Network:
 
     def init(self, key: jax.Array) -> Any:
         """Random params; the velocity is zero at first."""
-        return nn.unbox(Dit(self.config).init(key, *self.example(1))["params"])
+        return jax.jit(lambda key: nn.unbox(Dit(self.config).init(key, *self.example(1))["params"]))(key)
 
     def example(self, batch: int) -> tuple[Any, ...]:
         """Zeros of the module's arguments."""

@@ -134,4 +134,4 @@ def decode(config: AutoencoderConfig, params, latents: jax.Array) -> jax.Array:
 def init(config: AutoencoderConfig, key: jax.Array):
     """Random params."""
     images = jnp.zeros((1, config.height, config.width, config.channels))
-    return nn.unbox(Autoencoder(config).init(key, images)["params"])
+    return jax.jit(lambda key: nn.unbox(Autoencoder(config).init(key, images)["params"]))(key)
