@@ -18,6 +18,7 @@ Stability: experimental.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -147,9 +148,9 @@ def calibrate(
     `params`; then, where `quantized` params are given, those from their velocity to that of `params`."""
     like = jax.eval_shape(split.deep, params, x0, jnp.zeros(x0.shape[0]), cond)
     plan = uncorrected(ts, starts, like.shape[-1], x0.shape[-1])
-    plan = plan.replace(features=_fit_features(split, params, x0, cond, plan, like))
+    plan = dataclasses.replace(plan, features=_fit_features(split, params, x0, cond, plan, like))
     if quantized is not None:
-        plan = plan.replace(velocity=_fit_velocity(split, params, quantized, x0, cond, plan, like))
+        plan = dataclasses.replace(plan, velocity=_fit_velocity(split, params, quantized, x0, cond, plan, like))
     return plan
 
 

@@ -207,7 +207,7 @@ class SimilarityFilter:
         skip &= state.started & (state.in_a_row < self.most)
 
         def leave(state):
-            return state.replace(in_a_row=state.in_a_row + 1, skipped=state.skipped + 1)
+            return dataclasses.replace(state, in_a_row=state.in_a_row + 1, skipped=state.skipped + 1)
 
         def process(state):
             inner, out = advance(state.inner)
