@@ -41,4 +41,20 @@ METHODS: tuple[Method, ...] = (
         paper=Paper("Li et al.", 2025, "2505.16710"),
         cli="train long --budget 8",
     ),
+    Method(
+        name="remat",
+        family="training",
+        title="layers that compute again, in the backward pass, what they did not keep; or keep it on the host",
+        guarantee="exact",
+        entry="jaxinfer.train.remat:remat",
+        paper=Paper("Chen et al.", 2016, "1604.06174"),
+    ),
+    Method(
+        name="ssdtrain",
+        family="training",
+        title="activations on a disk: written behind the forward pass, read ahead of the backward pass",
+        guarantee="exact",
+        entry="jaxinfer.train.disk_offload:OffloadStep",
+        paper=Paper("Wu et al.", 2024, "2408.10013"),
+    ),
 )

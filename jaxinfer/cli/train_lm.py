@@ -9,6 +9,9 @@ import typer
 
 from jaxinfer.cli import cluster, training
 
+REMAT_HELP = """What layers keep for the backward pass: none (of it is computed again), dots, names, full (all but a
+layer's input is), host (the input is in the host's memory too)."""
+
 
 @cluster.clustered
 def lm(
@@ -22,6 +25,7 @@ def lm(
     seed: training.Seed = 0,
     resume: training.Resume = True,
     save_every: training.SaveEvery = None,
+    remat: Annotated[str, typer.Option("--remat", help=" ".join(REMAT_HELP.split()))] = "none",
 ) -> None:
     """Go on training a model on text: next-token cross-entropy on packed windows, Muon, warm-up and linear decay.
 
@@ -36,13 +40,15 @@ def lm(
     from jaxinfer.cli.output import note, print_json
     from jaxinfer.train import lm as recipes
     from jaxinfer.train import loop
+    from jaxinfer.train.remat import remat as rematerialised
 
     run = training.Run(output, steps, resume, save_every)
     model = training.load_target(target)
+    step = rematerialised(model.step, remat)
     text = training.load_text(data, model)
     schedule = recipes.warmup_stable_decay(rate, steps=steps, warmup=max(1, min(50, steps // 4)))
     recipe = loop.Recipe(
-        objective=recipes.NextToken(model.step),
+        objective=recipes.NextToken(step),
         data=text.stream(recipes.stages([(length, 1.0, 1.0)], steps=steps, tokens=batch_tokens), seed=seed),
         optimizer=recipes.muon(schedule),
         schedule=schedule,
