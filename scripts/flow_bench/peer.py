@@ -113,7 +113,8 @@ class Peer:
         else:
             noise = torch.randn_like(batch["mean"])
             x1 = (batch["mean"] + (0.5 * batch["log_variance"]).exp() * noise) * bench.autoencoder.scale
-        t, x, target = self.matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        found: Any = self.matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        t, x, target = found
         labels = batch["labels"].long()
         labels = torch.where(torch.rand(len(labels)) < DROP, bench.network.config.classes, labels)
         for group in self.optimizer.param_groups:
