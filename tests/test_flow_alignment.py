@@ -65,6 +65,7 @@ def test_the_warm_up_reads_clean_images_and_every_one_of_them(monkeypatch):
     assert rows() == 1
 
 
+@pytest.mark.slow
 def test_without_weight_it_is_flow_matching():
     flow = FlowMatching(drop_rate=0.0)
 

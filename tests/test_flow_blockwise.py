@@ -135,6 +135,7 @@ def test_the_residual_is_learned_at_its_minimum():
     assert float(FeatureResidual()(toy, jnp.asarray(0.2), KEY, BATCH, frozen)[0]) > 0
 
 
+@pytest.mark.slow
 def test_guidance():
     toy, weights = Toy(2), params(2)
     cond = Condition(labels=jnp.full(6, 2))
@@ -149,6 +150,7 @@ def test_guidance():
         run(3.0, None)
 
 
+@pytest.mark.slow
 def test_alignment_pulls_features_to_the_encoders():
     toy, weights = Toy(3), params(3)
     targets = jnp.concatenate([jnp.ones((12, 2, 1)), 2 * jnp.ones((12, 2, 1))], -1)
@@ -175,6 +177,7 @@ def test_bad_input():
         blockwise.sample(toy, bare, X, None)
 
 
+@pytest.mark.slow
 def test_the_network():
     """The transformer's parts: shapes, features that guide the blocks, a residual that begins at zero."""
     config = DitConfig(4, 4, 1, patch=2, hidden_size=16, num_layers=1, num_heads=2, classes=3)

@@ -63,6 +63,7 @@ def test_correction_is_exact_on_lines():
     assert miss(split, plan.replace(features=shifted)) > 0.1
 
 
+@pytest.mark.slow
 def test_correction_helps_where_it_is_not_exact():
     split, starts = Lines(bend=0.3), cachequant.evenly(N, 3)
     plan = cachequant.calibrate(split, PARAMS, X, TS, COND, starts)
@@ -108,6 +109,7 @@ def test_schedule_is_the_best_of_all():
     assert lengths[-1] < lengths[0]
 
 
+@pytest.mark.slow
 def test_quantized_weights_and_the_second_line():
     """The two errors are fitted one after the other: each line brings the sampler nearer to the full-precision one."""
     split, starts = Lines(), (0, 3, 6)
@@ -126,6 +128,7 @@ def test_quantized_weights_and_the_second_line():
     assert miss(unmixed(), plan, params=small) < 1e-4 < miss(unmixed(), plan.replace(velocity=without.velocity), small)
 
 
+@pytest.mark.slow
 def test_the_transformer_in_two_parts():
     """Run at every step it is the whole transformer; its params may be quantized."""
     config = DitConfig(4, 4, 1, patch=2, hidden_size=16, num_layers=3, num_heads=2, classes=3)

@@ -124,6 +124,7 @@ def test_gibbs_weights_are_the_kernel(points):
     assert np.abs(np.exp(log_w) - squared / squared.mean()).max() > 0.5
 
 
+@pytest.mark.slow
 def test_temperature_is_chosen_by_the_marginals(points):
     x0, x1, _ = points
     eps = gibbs.choose_temperature(x0, x1, (0.1, 0.3, 1.0, 3.0, 10.0))

@@ -89,6 +89,7 @@ def bound_of(flow, x):
     return flowopt.step_bound(flow, x, KEY)
 
 
+@pytest.mark.slow
 def test_editing_moves_from_the_target_to_the_source():
     """Under another condition each iterate is a sample of that condition, ever nearer to the source image."""
     other = lambda x: flow(x, mean=1.5)  # noqa: E731

@@ -84,6 +84,7 @@ def test_devices_equal_the_batch(devices, one_by_one):
     assert "collective-permute" in compiled.as_text() and f"[{T},3,{D}]" not in compiled.as_text()
 
 
+@pytest.mark.slow
 def test_a_wrong_neighbour_is_caught(one_by_one, monkeypatch):
     """Negative control: frames handed on within a device but not to the next."""
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("step",))
@@ -141,6 +142,7 @@ def test_euler_steps_are_the_solvers():
     np.testing.assert_allclose(outputs(stream), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_limits_of_residual_guidance():
     """At scale 1 it is none; with the unconditional end point as its source it is classifier-free guidance."""
     plain = outputs(StreamDiffusion(apply, TS, "none"))
@@ -161,6 +163,7 @@ def test_limits_of_residual_guidance():
     assert float(jnp.abs(outputs(StreamDiffusion(straight, TS, "self", scale=1.4)) - both[0]).max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_guide_of_a_solver_is_the_same():
     stream = StreamDiffusion(apply, TS, "onetime", scale=1.4, renoise=False)
     x = TS[0] * FRAMES + (1 - TS[0]) * CONTEXT.noise[0]
@@ -170,6 +173,7 @@ def test_the_guide_of_a_solver_is_the_same():
     np.testing.assert_allclose(outputs(stream), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_a_tick():
     """What each guidance evaluates: T, 2 T, T and T + 1 rows."""
     rows = {}
