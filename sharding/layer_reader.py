@@ -81,9 +81,9 @@ def leaf_of(row: Place, tensors: tuple[TensorInfo, ...], sharding: NamedSharding
     else:
         axes = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
         spec = PartitionSpec(*axes[:-2], axes[-1], axes[-2]) if row.transpose else PartitionSpec(*axes)
-        found = NamedSharding(sharding.mesh, spec).devices_indices_map(shape)
-        devices = sharding.mesh.devices.flat
-        slices = {p: _slice(found[devices[p]], shape) for p in positions(sharding.mesh)}
+        mesh: Any = sharding.mesh  # never an abstract one: the params are placed by it
+        found = NamedSharding(mesh, spec).devices_indices_map(shape)
+        slices = {p: _slice(found[mesh.devices.flat[p]], shape) for p in positions(mesh)}
     return Leaf(path, tensors[0].dtype, shape, row.transpose, row.stacked, tensors, begin, spec, slices)
 
 

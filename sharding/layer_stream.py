@@ -18,6 +18,9 @@ process reads the slices of its own devices alone (the paper's tensor parallelis
 Departures: a block is a layer, not its attention or MLP; the window is as wide as the budget allows, where the paper's
 default is 2 blocks; nothing is kept resident when the disk is slow, since a cyclic order makes every block equally far.
 The operating system's cache of file pages is not counted: it gives way when memory is short.
+Known limit: on a CPU the process takes more than the budget, by about the bytes of all layers together (6 layers of 61
+MB, budget 250 MB: 645 MB above a model without layers). They stand neither in the window nor in the program's temporary
+memory; `scripts/bench_streaming.py` measures it.
 
 Stability: experimental.
 """
