@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
 
 from jaxinfer import cache as kv
@@ -52,19 +53,22 @@ class Seen:
 @dataclasses.dataclass(frozen=True)
 class Losses:
     """Weights. `distill`: of the KL to the target's law, 0 to 1, the rest is cross-entropy on the text; `features`: of
-    the smooth L1 on features, for heads that predict them; `decay`: of each further token, once more a token;
-    `rounds`: how often a head that drafts token by token is run on what it made itself (EAGLE-1: 1, which is none)."""
+    the smooth L1 on features, for heads that predict them, and `logits` of all the rest beside it; `decay`: of each
+    further token, once more a token; `rounds`: how often a head that drafts token by token is run on what it made
+    itself (EAGLE-1: 1, which is none)."""
 
     distill: float = 1.0
     features: float = 1.0
     decay: float = 0.8
     rounds: int = 4
+    logits: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill: got {self.distill}, accepts 0 to 1")
-        if not self.features >= 0:
-            raise ConfigError(f"features: got {self.features}, accepts 0 or more")
+        for name in ("features", "logits"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, accepts 0 or more")
         if not 0 < self.decay <= 1:
             raise ConfigError(f"decay: got {self.decay}, accepts above 0 and up to 1")
         if self.rounds < 1:
@@ -138,6 +142,7 @@ def eagle(step, head, params, seen: Seen, losses: Losses, key):
     total, metrics, where = jnp.zeros(()), {}, within(seen, 1)
     for s, made in enumerate(eagle_rounds(step, head, params, seen, losses.rounds)):
         loss, found = guesses([(step.head(seen.params, made), 1)], seen, losses)
+        loss *= losses.logits
         if losses.features > 0 and not head.layers:
             loss += losses.features * mean(smooth_l1(made, shifted(seen.hidden, 1)), where)
         total += losses.decay**s * loss
@@ -255,16 +260,20 @@ def recipe(
     steps: int,
     rate: float = 3e-3,
     losses: Losses = Losses(),  # noqa: B008 - immutable
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = lm.muon,
+    schedule: optax.Schedule | None = None,
     held_out: Any = None,
     identity: Mapping[str, Any] | None = None,
 ) -> loop.Recipe:
     """The recipe of a head: `stream` gives batches as `data.Stream` does; `held_out` is a batch whose `agree_k` the
-    evaluation reports. Muon on its matrices, warm-up, constant, linear decay. ConfigError where the head does not fit.
+    evaluation reports. Muon on its matrices, warm-up, constant, linear decay, unless told otherwise. ConfigError where
+    the head does not fit.
     """
     if head.target != TargetShape.of(step.config):
         raise ConfigError(f"the head is for a target of {head.target}, this one has {TargetShape.of(step.config)}")
     objective = HeadObjective(step, head, losses)
-    schedule = lm.warmup_stable_decay(rate, steps=steps, warmup=max(1, min(50, steps // 4)), decay=0.5)
+    if schedule is None:
+        schedule = lm.warmup_stable_decay(rate, steps=steps, warmup=max(1, min(50, steps // 4)), decay=0.5)
     measure = jax.jit(lambda params, batch, frozen: objective(params, batch, jax.random.key(0), frozen))
 
     def evaluate(params):
@@ -274,7 +283,7 @@ def recipe(
     return loop.Recipe(
         objective=objective,
         data=stream,
-        optimizer=lm.muon(schedule),
+        optimizer=optimizer(schedule),
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
         tokens=lambda batch: batch["ids"].size,

@@ -42,6 +42,15 @@ METHODS: tuple[Method, ...] = (
         cli="train long --budget 8",
     ),
     Method(
+        name="ulorl",
+        family="training",
+        title="reinforcement on long answers, rolled out in segments; tokens that are mastered are masked",
+        guarantee="a different model",
+        entry="jaxinfer.train.ulorl:UloRL",
+        paper=Paper("Du et al.", 2025, "2507.19766"),
+        cli="train rl --task sort",
+    ),
+    Method(
         name="remat",
         family="training",
         title="layers that compute again, in the backward pass, what they did not keep; or keep it on the host",
@@ -56,5 +65,14 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact",
         entry="jaxinfer.train.disk_offload:OffloadStep",
         paper=Paper("Wu et al.", 2024, "2408.10013"),
+    ),
+    Method(
+        name="specvlm",
+        family="training",
+        title="an EAGLE head on the target's logits and features, made anew in each update",
+        guarantee="a different model",
+        entry="jaxinfer.train.specvlm:recipe",
+        paper=Paper("Huang et al.", 2025, "2509.11815"),
+        cli="train heads --kind eagle --objective specvlm",
     ),
 )

@@ -17,6 +17,7 @@ from jaxinfer.cli.train_heads import heads
 from jaxinfer.cli.train_lm import lm
 from jaxinfer.cli.train_long import long
 from jaxinfer.cli.train_lud import lud
+from jaxinfer.cli.train_rl import rl
 
 HELP = """Train models that make others fast, and fine-tune: one loop, a recipe for each command.
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "lud": lud,
     "first": first,
     "hamburger": hamburger,
+    "rl": rl,
     "flow": flow,
 }
 

@@ -9,6 +9,7 @@ import typer
 
 from jaxinfer.cli import training
 from jaxinfer.cli.specs import Registry
+from jaxinfer.errors import InputError
 
 
 def heads(
@@ -17,13 +18,24 @@ def heads(
     target: training.Target = "tinycode",
     data: training.Data = None,
     steps: training.Steps = 600,
-    rate: Annotated[float, typer.Option("--rate", min=0, help="Peak learning rate.")] = 3e-3,
+    objective: Annotated[
+        str, typer.Option("--objective", help="own, or specvlm: its losses and optimiser, for --kind eagle.")
+    ] = "own",
+    rate: Annotated[
+        float | None, typer.Option("--rate", min=0, help="Peak learning rate. Default: 3e-3, of specvlm 8e-5.")
+    ] = None,
     distill: Annotated[
-        float, typer.Option("--distill", min=0, max=1, help="Weight of the target's own law; the rest is the text's.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--distill", min=0, max=1, help="Weight of the target's own law; the rest is the text's. Default: 1."
+        ),
+    ] = None,
     features: Annotated[
-        float, typer.Option("--features", min=0, help="Weight of the loss on features, for heads that predict them.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--features", min=0, help="Weight of the loss on features, for heads that predict them. Default: 1."
+        ),
+    ] = None,
     batch_tokens: training.BatchTokens = 2048,
     length: training.Length = 256,
     seed: training.Seed = 0,
@@ -42,19 +54,30 @@ def heads(
     from jaxinfer.cli.output import note, print_json
     from jaxinfer.models.heads import HEADS, TargetShape, save_head
     from jaxinfer.train import heads as recipes
-    from jaxinfer.train import lm, loop
+    from jaxinfer.train import lm, loop, specvlm
 
+    if objective not in ("own", "specvlm"):
+        raise InputError(f"--objective: got {objective!r}; accepted: own, specvlm")
+    if objective == "specvlm" and (distill is not None or features is not None):
+        raise InputError(
+            "--distill, --features: got weights with --objective specvlm; accepted: with own, it has its own"
+        )
     run = training.Run(output, steps, resume, save_every)
     model = training.load_target(target)
     head: Any = Registry("--kind", HEADS).parse(kind, target=TargetShape.of(model.config))
     text = training.load_text(data, model)
-    recipe = recipes.recipe(
-        model.step, model.params, head,
-        text.stream(lm.stages([(length, 1.0, 0.9)], steps=steps, tokens=batch_tokens), seed=seed),
-        steps=steps, rate=rate, losses=recipes.Losses(distill, features),
-        held_out=recipes.held_out_batch(text.held_out, length=length, end=text.end),
-        identity={"text": text.digest, "seed": seed, "target": loop.fingerprint(model.params)},
-    )  # fmt: skip
+    stream = text.stream(lm.stages([(length, 1.0, 0.9)], steps=steps, tokens=batch_tokens), seed=seed)
+    common: dict[str, Any] = {
+        "steps": steps,
+        "held_out": recipes.held_out_batch(text.held_out, length=length, end=text.end),
+        "identity": {"text": text.digest, "seed": seed, "target": loop.fingerprint(model.params)},
+    }
+    given = (model.step, model.params, head, stream)
+    if objective == "specvlm":
+        recipe = specvlm.recipe(*given, rate=specvlm.RATE if rate is None else rate, **common)
+    else:
+        losses = recipes.Losses(1.0 if distill is None else distill, 1.0 if features is None else features)
+        recipe = recipes.recipe(*given, rate=3e-3 if rate is None else rate, losses=losses, **common)
     state = recipes.init_state(model.step, model.params, head, recipe, jax.random.key(seed))
     state = run.train(recipe, state, evaluate_every=100)
     head = recipes.measured(model.step, model.params, head, state.params, text.train)
