@@ -148,15 +148,15 @@ def generate(
 
 @struct.dataclass
 class _Feed:
-    """What each item brings; all lead with the item. G rows a group, C chunk slots."""
+    """What each item brings, arrays that lead with the item. G rows a group, C chunk slots."""
 
-    first_row: jax.Array  # i32: of the group; 0 where nothing decodes
-    request: jax.Array  # i32[G]: whose token comes out, Q for none
-    made: jax.Array  # i32[G]: which of its tokens
-    positions: jax.Array  # i32[G + C], -1 for an empty slot
-    tokens: jax.Array  # i32[G + C]; -1: the row's last token
-    chunk_row: jax.Array  # i32
-    fresh: jax.Array  # bool: the chunk's row starts anew
+    first_row: Any  # i32: of the group; 0 where nothing decodes
+    request: Any  # i32[G]: whose token comes out, Q for none
+    made: Any  # i32[G]: which of its tokens
+    positions: Any  # i32[G + C], -1 for an empty slot
+    tokens: Any  # i32[G + C]; -1: the row's last token
+    chunk_row: Any  # i32
+    fresh: Any  # bool: the chunk's row starts anew
 
 
 def _feed(pipeline: Pipeline, table: DecodeTable, prompts: Sequence[Any], new: Sequence[int]) -> _Feed:
@@ -239,7 +239,7 @@ def _run(pipeline: Pipeline, shape: tuple[int, ...], params: Any, work: Any, tic
         last_tokens = carry.last.at[places].set(carry.returned, mode="drop")
 
         mine = _item(feed, item)
-        mine = mine.replace(fresh=mine.fresh & (item >= 0))
+        mine = dataclasses.replace(mine, fresh=mine.fresh & (item >= 0))
         positions = jnp.where(item >= 0, mine.positions, -1)[None]
         ours = jax.lax.dynamic_slice_in_dim(last_tokens, mine.first_row, rows)
         tokens = jnp.where(mine.tokens[:rows] < 0, ours, mine.tokens[:rows])
@@ -252,8 +252,8 @@ def _run(pipeline: Pipeline, shape: tuple[int, ...], params: Any, work: Any, tic
         )
         x, states = _layers(pipeline, specs, stage, slots, rest, x, positions, carry.states, mine)
         token = jax.lax.cond(stage == last, lambda x: _greedy(step, rest, x[0, :rows]), lambda x: carry.returned, x)
-        sent = jax.lax.ppermute((x, token), pipeline.axis, ring)
-        return _Carry(waiting, *sent, last_tokens, out, states, carry.busy + (item >= 0))
+        arriving, returned = jax.lax.ppermute((x, token), pipeline.axis, ring)
+        return _Carry(waiting, arriving, returned, last_tokens, out, states, carry.busy + (item >= 0))
 
     all_rows, width = pipeline.num_groups * rows, rows + pipeline.chunk
     x = jax.eval_shape(lambda: cut.enter(step, rest, *(jnp.zeros((1, width), jnp.int32),) * 2))
@@ -301,7 +301,7 @@ def _layers(pipeline, specs, stage, slots, rest, x, positions, states, mine: _Fe
         row = jax.tree.map(lambda s, empty: jnp.where(mine.fresh, empty, s), row, some.init(1))
         blank = some.new_block(1, x.shape[1])
 
-        def layer(i, x, slot=slot, group=group, row=row, blank=blank):
+        def layer(i: int, x: jax.Array, slot=slot, group=group, row=row, blank=blank) -> tuple[jax.Array, Block]:
             module, mixed = DecoderLayer(config, layer=i), _Mixed(specs[i], rows)
             variables = {"params": slots[f"slot_{slot}"]}
             found: Any = module.apply(variables, x, positions, mixed, (group, row), blank, 0, None, table)
@@ -345,10 +345,8 @@ def _commit(lives: dict[Any, jax.Array], state: Any, row: Any, block: Block, min
 
 def _split(block: Block, rows: int) -> tuple[Block, Block]:
     """`[1, heads, G + C, d]` as one token of G rows and C tokens of one row."""
-    one = Block(
-        *(jnp.moveaxis(x[:, :, :rows], 2, 0)[:, 0, :, None] for x in (block.k, block.v)),
-        block.positions[0, :rows, None],
-    )
+    k, v = (jnp.moveaxis(x[:, :, :rows], 2, 0)[:, 0, :, None] for x in (block.k, block.v))
+    one = Block(k, v, block.positions[0, :rows, None])
     many = Block(block.k[:, :, rows:], block.v[:, :, rows:], block.positions[:, rows:])
     return one, many
 

@@ -250,16 +250,16 @@ class _Planner:
         group = self._group(tick)
         decode = self._decode(group) if group != IDLE else Item()
         if self.policy == "piggyback":
-            item = dataclasses.replace(decode, **self._chunk()) if self.prefilling else decode
+            item = self._chunk(decode) if self.prefilling else decode
             found = [] if item == Item() else [item]
         elif group != IDLE:
             found = [decode]
         elif self.prefilling and self.policy == "whole":
             row, found = self.prefilling[0], []
             while self.prefilling and self.prefilling[0] == row:
-                found.append(Item(**self._chunk()))
+                found.append(self._chunk(Item()))
         else:
-            found = [Item(**self._chunk())] if self.prefilling else []
+            found = [self._chunk(Item())] if self.prefilling else []
         if not found:
             return []
         starts = self._starts(tick, len(found))
@@ -309,8 +309,8 @@ class _Planner:
             if q != IDLE and self.made[q] >= self.requests[q].new:
                 self.holder[r] = IDLE
 
-    def _chunk(self) -> dict[str, int | bool]:
-        """The next chunk of the prompt that was first to come; all but its last token are read this way."""
+    def _chunk(self, item: Item) -> Item:
+        """The item with the next chunk of the prompt that came first; all but its last token are read this way."""
         row = self.prefilling[0]
         q = self.holder[row]
         start = self.read[q]
@@ -318,7 +318,7 @@ class _Planner:
         self.read[q] += count
         if self.read[q] >= self.requests[q].prompt - 1:
             self.prefilling.pop(0)
-        return {"request": q, "row": row, "start": start, "count": count, "first": start == 0}
+        return dataclasses.replace(item, request=q, row=row, start=start, count=count, first=start == 0)
 
 
 def _rows(placed: dict[tuple[int, int], int], ticks: int, stages: int) -> tuple[tuple[int, ...], ...]:

@@ -164,19 +164,23 @@ def _run(setting: PipelineLoss, params: Any, batch: Any) -> tuple[jax.Array, jax
         y = run_layers(setting.step.config, setting.stages, stage, slots, rest, x, part)
 
         def of_head(y):
-            return setting.token_losses(setting.step, rest, cut.leave(setting.step, rest, y), part).sum() / count
+            losses = setting.token_losses(setting.step, rest, cut.leave(setting.step, rest, y), part)
+            return (losses.sum() / count).astype(jnp.float32)
 
         return y, jax.lax.cond(stage == last, of_head, lambda y: jnp.zeros((), jnp.float32), y)
 
     def forward(h, m):
         return whole(slots, rest, h, micro(m))[0]
 
-    def backward(carry, h, m):
+    def backward(grads, total, cotangent, h, m):
         part = micro(m)
         (_, loss), pull = jax.vjp(lambda slots, rest, h: whole(slots, rest, h, part), slots, rest, h)
         at_last = stage == last
-        own, shared, h = pull((jnp.where(at_last, 0, carry.cotangent), jnp.where(at_last, 1.0, 0.0)))
-        return jax.tree.map(jnp.add, carry.grads, (own, shared)), carry.loss + loss, h
+        own, shared, h = pull((jnp.where(at_last, 0, cotangent), jnp.where(at_last, 1.0, 0.0)))
+        return jax.tree.map(jnp.add, grads, (own, shared)), total + loss, h
+
+    def no_backward(grads, total, cotangent, h, m):
+        return grads, total, h
 
     def tick(carry: _Carry, row):
         arrived, f, b = (x[stage] for x in row)
@@ -189,9 +193,7 @@ def _run(setting: PipelineLoss, params: Any, batch: Any) -> tuple[jax.Array, jax
         h = stash[jnp.maximum(f, 0) % held]
         out = jax.lax.cond((f >= 0) & (stage < last), forward, lambda h, m: h, h, f)
         h = stash[jnp.maximum(b, 0) % held]
-        grads, loss, back = jax.lax.cond(
-            b >= 0, backward, lambda carry, h, m: (carry.grads, carry.loss, h), carry._replace(stash=h), h, b
-        )
+        grads, loss, back = jax.lax.cond(b >= 0, backward, no_backward, carry.grads, carry.loss, carry.cotangent, h, b)
         arriving = jax.lax.ppermute(out, setting.axis, [(i, i + 1) for i in range(last)])
         cotangent = jax.lax.ppermute(back, setting.axis, [(i + 1, i) for i in range(last)])
         busy = carry.busy + (f >= 0) + (b >= 0)
