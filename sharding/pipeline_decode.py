@@ -299,9 +299,9 @@ def _layers(pipeline, specs, stage, slots, rest, x, positions, states, mine: _Fe
         here = {s: i for s in range(stages.num) if (i := stages.layer(s, slot)) is not None}
         some = specs[next(iter(here.values()))]
         row = jax.tree.map(lambda s, empty: jnp.where(mine.fresh, empty, s), row, some.init(1))
-        blank = some.new_block(1, x.shape[1])
+        blank = some.new_block(1, positions.shape[1])
 
-        def layer(i: int, x: jax.Array, slot=slot, group=group, row=row, blank=blank) -> tuple[jax.Array, Block]:
+        def layer(i: int, x: Any, slot: int = slot, group: Any = group, row: Any = row, blank: Any = blank) -> Any:
             module, mixed = DecoderLayer(config, layer=i), _Mixed(specs[i], rows)
             variables = {"params": slots[f"slot_{slot}"]}
             found: Any = module.apply(variables, x, positions, mixed, (group, row), blank, 0, None, table)
