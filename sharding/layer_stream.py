@@ -12,8 +12,8 @@ beams, batch jobs, ragged rows, any cache.
 
 Guarantee: exact. The products are those of the model in memory with `quant.Transposed` weights (the order in which
 files hold them), bit for bit. State: none in the program; blocks of the window in host memory.
-Budget: bytes of layers that stand in memory at once: the window, and the layer that the program holds. With a mesh each
-process reads the slices of its own devices alone (the paper's tensor parallelism), within the budget of its process.
+Budget: bytes of layers that stand in memory at once: the window, and what the program has room for (`PLACES`). With a
+mesh each process reads the slices of its own devices alone (the paper's tensor parallelism), within its budget.
 
 Departures: a block is a layer, not its attention or MLP; the window is as wide as the budget allows, where the paper's
 default is 2 blocks; nothing is kept resident when the disk is slow, since a cyclic order makes every block equally far.
@@ -56,6 +56,10 @@ from jaxinfer.sharding.layer_reader import Leaf, Reader, leaf_of, positions
 from jaxinfer.sharding.rules import AxisRules, shardings
 from jaxinfer.sharding.streamer import Block, Streamer
 
+# Layers that a compiled program has room for: XLA gives a prompt's forward and a step's places of their own, and
+# products of a few rows another form of their weights. Seen on CPU: 3 for plain decoding, 4 with drafts to verify.
+PLACES = 4
+
 
 class LayerSource(Protocol):
     """Gives a layer's params inside the program, when the layers before it have run."""
@@ -89,8 +93,8 @@ class LayerFiles:
     """The layers of a Hugging Face directory, streamed within `budget` bytes by `threads` threads.
 
     dtype: of the params in the program; files are read as they are. mesh, rules: how layers are split over devices.
-    Raises CheckpointError for a directory that does not hold the model, ConfigError for a budget below three layers
-    (one in use, one read ahead, one in the program), naming the least that would do.
+    Raises CheckpointError for a directory that does not hold the model, ConfigError for a budget below six layers
+    (one in use, one read ahead, `PLACES` in the program), naming the least that would do.
     """
 
     def __init__(
@@ -181,10 +185,11 @@ class LayerFiles:
 
     def _streamer(self, budget: int, threads: int) -> Streamer:
         size = self._reader.size
-        # The program holds the layer that it computes with on each device, and another form of what it converts.
+        # What the program holds on each device: places for PLACES layers, and another form of what it converts.
         forms = [(leaf.dtype, jnp.dtype(self.dtype)) for leaf in self._layers[0]]
         wider = max(sum({a: a.itemsize, b: b.itemsize}.values()) / a.itemsize for a, b in forms)
-        inside = round(max(sum(leaf.nbytes for leaf in layer) for layer in self._layers) * wider) * len(self._positions)
+        largest = max(sum(leaf.nbytes for leaf in layer) for layer in self._layers)
+        inside = round(PLACES * largest * wider) * len(self._positions)
         if budget < 2 * size + inside:
             what = f"two of its layers ({size} bytes each) in memory and {inside} bytes in the program"
             raise ConfigError(f"budget: got {budget} bytes, accepts {2 * size + inside} or more: {what}")

@@ -67,8 +67,8 @@ class TimestepPipeline:
             steps = (at * own + jnp.arange(own)).astype(jnp.int32)
             moved, resident = self.pipeline.stage(params, rows, steps, state.resident)
             resident = keep(alive, resident, state.resident)
-            onward = jax.tree.map(self._hand_on, (moved, alive))
-            return State(*onward, resident), moved, alive
+            travelling, running = jax.tree.map(self._hand_on, (moved, alive))
+            return State(travelling, running, resident), moved, alive
 
         spread = jax.shard_map(
             on_device,

@@ -114,7 +114,7 @@ class Bench:
     def _config(self, steps: int) -> loop.LoopConfig:
         return loop.LoopConfig(steps=steps, log_every=50, save_seconds=60.0, keep=1, curve=False)
 
-    def recipe(self, name: str, seed: int, *, steps: int, objective: Objective | None = None, **changes: Any):
+    def recipe(self, name: str, seed: int, *, steps: int, objective: Any = None, **changes: Any):
         """The flow recipe of this benchmark's data and size; `changes` are of `flow_recipe`."""
         return recipes.flow_recipe(
             changes.pop("network", self.network), self.data, steps=steps, objective=objective, name=name,

@@ -36,7 +36,7 @@ SEMANTIC = 32
 
 def operations(program: Any, x: Any, labels: Any) -> float:
     """Floating-point operations a sample of a program without loops over steps, as the compiler counts them."""
-    found = jax.jit(program).lower(x, labels).compile().cost_analysis()
+    found: Any = jax.jit(program).lower(x, labels).compile().cost_analysis()
     return float((found[0] if isinstance(found, list) else found)["flops"]) / len(labels)
 
 
@@ -52,7 +52,8 @@ def encoder_of(bench: Bench, seed: int) -> tuple[Encoder, Any]:
 
 def blocks(bench: Bench, seed: int) -> list[Sampler]:
     """Two steps a segment or more: with the feature network at each, and with its approximation."""
-    s, config = bench.settings, dataclasses.replace(bench.network.config, num_layers=max(1, s.num_layers - 1))
+    s = bench.settings
+    config = dataclasses.replace(bench.network.config, num_layers=max(1, s.num_layers - 1))
     network = BlockwiseNetwork(config, segments=4, velocity_layers=1, residual_layers=1, semantic_size=SEMANTIC)
     encoder, encoder_params = encoder_of(bench, 0)
     plain = bench.recipe("blockwise", seed, steps=s.steps, objective=Blockwise(), network=network)

@@ -32,7 +32,7 @@ def coupling(bench: Bench, kind: str):
     try:
         return gibbs.Gibbs(gibbs.choose_temperature(x0, jax.numpy.asarray(x1), KAPPAS))
     except ConfigError:  # no temperature is without bias: the mildest
-        return gibbs.Gibbs(gibbs.temperature(KAPPAS[-1], x1))
+        return gibbs.Gibbs(gibbs.temperature(KAPPAS[-1], jax.numpy.asarray(x1)))
 
 
 def samplers(bench: Bench, seed: int, *, kind: str) -> list[Sampler]:

@@ -70,7 +70,7 @@ def mean(bench: Bench, seed: int, *, variant: str) -> list[Sampler]:
 
     def sampler(steps: int) -> Sampler:
         def solve(p, x, labels):
-            velocity = meanflow.mean_velocity_of(bench.network, p, Condition(labels=labels))
+            velocity: Any = meanflow.mean_velocity_of(bench.network, p, Condition(labels=labels))
             return meanflow.solve_mean(velocity, x, uniform(steps)).x
 
         program = jax.jit(solve)
