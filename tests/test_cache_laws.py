@@ -218,6 +218,7 @@ def planted():
     yield bug(FakeInt8, int8), laws.memory_is_what_it_says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "law"), list(planted()), ids=lambda x: getattr(type(getattr(x, "spec", 0)), "__name__", None)
 )

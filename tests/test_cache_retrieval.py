@@ -107,6 +107,7 @@ def test_attention_is_naive_attention_over_the_view(name, x):
     assert state.pos.shape == (B, G, 2 * CHUNK + 2)
 
 
+@pytest.mark.slow
 def test_asking_notes_the_queries_and_changes_nothing(x):
     layer = LAYERS["rope"]
     dense, state = filled(layer, x)

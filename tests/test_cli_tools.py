@@ -56,7 +56,7 @@ def test_help_teaches(capsys, command):
         (["generate", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["generate", "--top-p", "1.5", "--prompt", "x"], "top_p: got 1.5; accepted: a number above 0 up to 1"),
         (["info", "/nosuch/model"], "/nosuch/model: no such directory"),
-        (["info", "tinycode", "--weights", "int5"], "--weights: got 'int5'; accepted: auto, f32, bf16, f16, int8"),
+        (["info", "tinycode", "--weights", "int5"], "--weights: got 'int5'; accepted: auto, f32, bf16, f16, streamed"),
         (
             ["generate", "--prompt", "x", "--cache", "sink:sink=3"],
             "got 'sink=3' in 'sink:sink=3'; accepted: sink:sinks=4",

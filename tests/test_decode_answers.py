@@ -79,6 +79,7 @@ def test_candidates_of_wrong_shape_are_refused():
         score_candidates(MODEL, PARAMS, tokens, lengths, candidates, sizes[:, 0])
 
 
+@pytest.mark.slow
 def test_best_of_n_keeps_the_highest_reward_of_each_prompt():
     tokens, lengths = toy.prompts(0, 2, 4, V)
     config = Config(max_tokens=3, n=4, temperature=1.0, eos=())

@@ -81,6 +81,7 @@ def close(got, want):
     np.testing.assert_allclose([span.score for span in got], [span.score for span in want], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [1, 9, 40])
 def test_as_many_beams_as_sentences_find_what_scoring_each_alone_finds(max_tokens):
     want = cfic._merged(by_brute_force(SENTENCES, max_tokens))

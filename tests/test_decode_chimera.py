@@ -89,6 +89,7 @@ def test_the_cache_holds_the_true_hidden_states_and_drafting_is_what_training_it
                 assert got == drafts[row].tolist(), row
 
 
+@pytest.mark.slow
 def test_a_planted_bug_is_seen():
     assert cache_error(heads.Stepped(FromTheRoot(HEAD, heads.STEP, depth=3, branches=3, nodes=8), PARAMS, 5)) > 1e-2
 

@@ -153,6 +153,7 @@ def test_where_scoring_costs_what_it_emits_nothing_is_drafted():
         assert bool((state.drafter.inner.cache.t > np.maximum(lengths - 2, 0)).all()) == drafts
 
 
+@pytest.mark.slow
 def test_a_row_chooses_from_its_own_past_alone():
     tokens, lengths = checks.repetitive_prompts()
     config = Config(max_tokens=20, drafter=chooser(MILD), features=Features(sample=True))

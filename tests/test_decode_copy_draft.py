@@ -41,6 +41,7 @@ class ForgetsTheLaw(CopyDraft):
         return dataclasses.replace(proposal, q_logp=jnp.where(certain == proposal.q_logp, certain, swapped)), state
 
 
+@pytest.mark.slow
 def test_a_law_that_is_not_the_drafts_is_caught():
     assert checks.law(ForgetsTheLaw(checks.MARKOV, gamma=2, copies=2, drafts=2), DRAFT)[0] > 12
 

@@ -46,6 +46,7 @@ def greedy(lm):
     return lm.generate("def f(x):", json_schema=SCHEMA, max_tokens=200)
 
 
+@pytest.mark.slow
 def test_answers_are_documents_of_the_schema(lm, greedy):
     sampled = lm.generate("def f(x):", json_schema=SCHEMA, max_tokens=200, temperature=1.5, n=4)
     for answer in [greedy, *sampled]:

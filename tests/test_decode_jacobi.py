@@ -66,6 +66,7 @@ def test_greedy_output_is_plain_output():
     checks.Greedy(Jacobi(window=5, initial="repeat")).check()
 
 
+@pytest.mark.slow
 def test_sampled_output_follows_the_targets_law():
     checks.check_law(Jacobi(2))
 
@@ -77,6 +78,7 @@ def test_the_published_mistakes_are_seen(keeps):
     assert z > 12
 
 
+@pytest.mark.slow
 def test_penalties_and_forced_tokens_apply_inside_blocks():
     tokens, lengths = checks.repetitive_prompts()
     rules = dict(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, min_tokens=3, eos=[4])
@@ -88,6 +90,7 @@ def test_penalties_and_forced_tokens_apply_inside_blocks():
     assert jacobi == plain and all(row[:2] == [2, 5] for row in plain)
 
 
+@pytest.mark.slow
 def test_a_grid_model_gains_from_its_neighbours():
     """Lines of six nearly alike, whatever stood before: the token above is the best first guess."""
     grid, vocab = 6, 12

@@ -71,6 +71,7 @@ def both(drafter, model: Any = checks.MODEL, params=checks.PARAMS, banned=(), eo
     return toy.outputs(result), want, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k, theta", [(2, 0.29), (4, 0.25)])
 def test_the_text_is_that_of_the_published_loop(k, theta):
     got, want, result = both(LUD(k=k, theta=theta, pad=PAD))
@@ -108,6 +109,7 @@ class KeepsPads(LUD):
         return dataclasses.replace(proposal, probe=None, depth=proposal.tokens.shape[1]), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [ReadsAtTheRoot, SkipsTheUnsure, KeepsPads])
 def test_planted_bugs_are_seen(bug):
     got, want, _ = both(bug(k=4, theta=0.25, pad=PAD))

@@ -53,6 +53,7 @@ def test_planted_bugs_are_seen(bug):
     assert checks.law(Pearl(checks.MARKOV, 3), NEAR, verifier=bug)[0] > 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pending", "accepted", "guess_kept", "mode_after"),
     [
@@ -78,6 +79,7 @@ def test_modes(pending, accepted, guess_kept, mode_after):
     assert after.cache.t.tolist() == [3 - 2 + accepted + 1]
 
 
+@pytest.mark.slow
 def test_a_perfect_draft_never_leaves_post_verify():
     """The target as its own draft: a token in the first step, gamma in each after it, and never a bonus."""
     run = toy.Run(checks.MODEL, Config(max_tokens=17, drafter=Pearl(checks.MODEL, 4), features=Features()))

@@ -130,6 +130,7 @@ def steps():
     return Steps(PPD(TWICE, slots=20))
 
 
+@pytest.mark.slow
 def test_guesses_are_what_prompt_tokens_after_the_text_say(steps):
     wrong, seen = steps.mismatches()
     assert wrong == 0 and seen > 40

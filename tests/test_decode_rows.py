@@ -180,6 +180,7 @@ def test_steady_state_is_traced_once_and_rows_can_be_replaced():
     assert [got[1], got[3], got[0], got[2]] == [want[0], want[1], want[0], want[3]]
 
 
+@pytest.mark.slow
 def test_moving_rows_moves_everything_but_the_keys_of_reorder():
     config = Config(max_tokens=ROOM, temperature=1.0, logprobs=1, repetition_penalty=1.2)
     run = toy.Run(MODEL, config)
@@ -203,6 +204,7 @@ def raw(tree):
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
+@pytest.mark.slow
 def test_samples_share_a_prefill_and_nothing_else():
     """n samples a prompt: prompt-major, each equal to the row that has its key."""
     config = Config(max_tokens=ROOM, temperature=1.0)

@@ -137,6 +137,7 @@ def test_without_ngrams_the_model_alone_decides():
     np.testing.assert_allclose(scores, want_scores, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", ["equal weights", "texts stay"])
 def test_planted_bugs_are_seen(monkeypatch, bug):
     if bug == "equal weights":

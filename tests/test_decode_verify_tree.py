@@ -97,6 +97,7 @@ def test_a_step_accepts_as_often_as_the_children_are_likely():
     assert abs(float(verdict.n_accepted.mean()) - want) < 5 * (want * (1 - want) / ROWS) ** 0.5
 
 
+@pytest.mark.slow
 def test_invalid_drafts_and_what_is_under_them_and_probes_are_never_accepted():
     tokens = jnp.zeros((1, 6), jnp.int32)
     valid = jnp.ones((1, 6), bool)
@@ -111,6 +112,7 @@ def test_invalid_drafts_and_what_is_under_them_and_probes_are_never_accepted():
         assert verifier.verify(law, cut, key).path.tolist() == [[0, 2, 5, -1]]
 
 
+@pytest.mark.slow
 def test_a_law_that_is_not_finite_on_the_path_is_told():
     law = jnp.zeros((2, 7, V)).at[0, 1].set(jnp.nan)
     law = law.at[:, 0].set(jnp.array([0.0, *[-jnp.inf] * 4]))

@@ -88,6 +88,7 @@ def trained(shapes):
     return classifier.train_classifier(*shapes, 2, steps=150, seed=0)
 
 
+@pytest.mark.slow
 def test_classifier_measures(shapes, trained):
     images, labels = shapes
     half = np.arange(400) < 200

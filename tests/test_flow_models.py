@@ -91,6 +91,7 @@ def test_forward_derivative(network, params, inputs):
     np.testing.assert_allclose(slope, quotient, atol=2e-2 * float(jnp.abs(slope).max()))
 
 
+@pytest.mark.slow
 def test_a_condition_for_each_token():
     """Per-token modulation with the same condition everywhere is the per-row one; with others it is not."""
     config = DitConfig(4, 4, 1, hidden_size=16, num_layers=1, num_heads=2)
@@ -140,6 +141,7 @@ def test_refusals(network, params, inputs):
         network.check(cond, 2)
 
 
+@pytest.mark.slow
 def test_autoencoder():
     config = vae.AutoencoderConfig(8, 8, 1, patch=2, latent_channels=2, hidden_size=16, num_layers=1, scale=0.5)
     params = vae.init(config, jax.random.key(0))

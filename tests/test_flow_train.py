@@ -61,6 +61,7 @@ def trained(data, tmp_path_factory):
     return folder, model, recipe
 
 
+@pytest.mark.slow
 def test_it_learns_the_classes(trained):
     _, model, _ = trained
     labels = np.arange(16, dtype=np.int32) % 2
@@ -106,6 +107,7 @@ def test_training_goes_on_to_the_same_bits(trained, tmp_path):
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.ema), jax.device_get(state.ema))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops(data, tmp_path):
     """The step is named, and that no checkpoint was saved; tests/test_train_loop.py has the case with one."""
     network = recipes.network_for(data, None, **SIZES)
@@ -122,6 +124,7 @@ def test_a_run_that_diverges_stops(data, tmp_path):
         loop.train(bad, state, loop.LoopConfig(steps=10, curve=False), tmp_path)
 
 
+@pytest.mark.slow
 def test_autoencoder_learns_and_is_scaled(data):
     config = vae.AutoencoderConfig(4, 4, 1, patch=2, latent_channels=2, hidden_size=16, num_layers=0)
     recipe = recipes.autoencoder_recipe(config, data.images, steps=200, batch=32, rate=1e-2)
@@ -173,6 +176,7 @@ def test_inpainting_pastes_what_is_known(data):
         dataclasses.replace(model, condition="class").inpaint(jax.random.key(0), data.images[:4], hole, None, [0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", ["inpaint", "semantic"])
 def test_objectives_with_an_image_beside(data, condition):
     """The loss on each condition, in latents: the frozen autoencoder encodes what a hole leaves."""

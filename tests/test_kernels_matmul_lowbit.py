@@ -84,6 +84,7 @@ def test_products_and_gradients_are_those_of_the_dense_weight(name):
     assert_close(wide, np.float32(many) @ dense.T, "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "int3"])
 def test_digits_are_as_exact_as_floats(name):
     """Few rows, of all magnitudes, against float64; a digit too few is seen."""
@@ -123,6 +124,7 @@ INTEGER_CASES = [(name, False) for name, (element, *_) in FORMATS.items() if ele
 INTEGER_CASES += [("int8 groups", True), ("int4 groups", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,per_group", INTEGER_CASES)
 def test_integer_products_are_exact_for_the_rounded_activations(name, per_group):
     element, groups, options = FORMATS[name]

@@ -74,6 +74,7 @@ def test_equals_copies(name):
     checks.assert_close(compiled(name, "ref")(arrays(), *lengths), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transposed", "all"])
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(st.data())

@@ -75,6 +75,7 @@ def test_invariant_rows():
     assert all((a[0] == b[0]).all() for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_a_path_is_decode():
     """A tree that is one path is plain decode of newest tokens; a row of its branch is decode of that branch."""
     q, k, v, nk, nv = arrays(4, seed=1)
@@ -102,6 +103,7 @@ def test_codes():
     checks.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_gradient():
     """Finite, with padding and empty rows, and that of the reference."""
     x = arrays(5, seed=3)

@@ -80,7 +80,10 @@ def positions(batch: int, start: int, stop: int) -> jax.Array:
 IDS = np.random.default_rng(2).integers(0, 61, (2, 12))
 
 
-@pytest.mark.parametrize("borders", [(0, 6, 12), (0, 6, 7, 8, 9, 10, 11, 12)], ids=["halves", "steps"])
+@pytest.mark.parametrize(
+    "borders",
+    [pytest.param((0, 6, 12), id="halves", marks=pytest.mark.slow), pytest.param((0, 6, *range(7, 13)), id="steps")],
+)
 def test_cached_equals_uncached_in_any_split(model, borders):
     step, params = model
     expected = run(step, params, IDS, positions(2, 0, 12)).hidden
@@ -100,6 +103,7 @@ def test_padding_changes_nothing(model):
     np.testing.assert_allclose(ragged[1], whole[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other(model):
     step, params = model
     packed_positions = jnp.concatenate([positions(2, 0, 4), positions(2, 0, 8)], 1)

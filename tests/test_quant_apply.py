@@ -85,6 +85,7 @@ def test_recipes_work_on_shapes_alone():
     assert quant.bits_per_weight(abstract) == quant.bits_per_weight(real)
 
 
+@pytest.mark.slow
 def test_every_format_of_the_command_line_fits_the_embedded_model():
     """With its default settings, on shapes alone; what it weighs is what its name says, and a bit."""
     from jaxinfer.checkpoint.hub import resolve

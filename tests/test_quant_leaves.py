@@ -87,7 +87,12 @@ def apply_arrays(x, weights):
     return {use: USES[use][0](x, w) for use, w in weights.items()}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+QUICK = {"int8", "int8-table-groups", "int4", "fp6-table", "ternary", "lora-int8", "rows-lora-int8", "columns"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FORMATS]
+)
 def test_every_use_equals_the_materialized_weight(name):
     """Dense products, tied heads, embedding rows, experts, einsum: jitted, against arrays of the same values."""
 

@@ -97,6 +97,7 @@ def test_int8_model_equals_the_materialized_one(kind):
         close(got, RUN(kind.step, kind.params))
 
 
+@pytest.mark.slow
 def test_adapted_model_equals_the_merged_one(kind):
     """LoRA over int8 everywhere, over arrays on one kind."""
     for params in (kind.both, kind.lora) if kind.name == "llama" else (kind.both,):
@@ -118,6 +119,7 @@ def test_scales_on_the_wrong_axis_are_caught(kind):
         close(RUN(kind.step, planted), RUN(kind.step, arrays(kind.int8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["experts"], indirect=True)
 def test_adapters_train_over_frozen_int8_weights(kind):
     base, adapters = quant.detach(kind.both), quant.adapters(kind.both)

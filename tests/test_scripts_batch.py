@@ -40,6 +40,7 @@ def check():
     return script("check_batch")
 
 
+@pytest.mark.slow
 def test_the_two_sides_of_the_benchmark_answer_alike(bench, tiny_model):
     lm = load(tiny_model)
     rows = bench.make_rows(

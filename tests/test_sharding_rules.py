@@ -44,6 +44,7 @@ def test_a_plain_model_is_placed_by_its_logical_axes():
     assert both != TENSOR and hash(both) and AxisRules((("a", ("x", "y")),)).spec(("a",)) == PartitionSpec(("x", "y"))
 
 
+@pytest.mark.slow
 def test_a_sharded_model_with_every_leaf_type_is_the_same_model():
     """A dense layer and a layer of experts, tied, with int8, grouped int8, LoRA and added rows, on 2 x 4 devices."""
     config = dataclasses.replace(EXPERTS, num_layers=2, dense_layers=(0,))

@@ -104,6 +104,7 @@ def check_divergences(divergences) -> None:
     np.testing.assert_allclose(before[0], kl, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_divergences_are_exact_at_full_width_and_lower_bounds_below():
     check_divergences(draft_loss.divergences)
 
@@ -133,6 +134,7 @@ def test_a_token_that_the_target_rules_out_gives_a_finite_gradient():
         assert np.isfinite(kl).all() and np.isfinite(pull(jnp.ones(1))[0]).all()
 
 
+@pytest.mark.slow
 def test_cross_entropy_is_the_language_model_loss_and_a_perfect_draft_has_nothing_to_learn():
     own, params = target(), begun().params
     part = {**batch(), "weights": np.ones((3, 10), np.float32)}

@@ -61,6 +61,7 @@ def test_routers_learn_what_can_be_spared_and_resume_to_the_bit(params, tmp_path
     assert float((rho >= 0.5).sum(1).mean()) == float(fewer["layers"])
 
 
+@pytest.mark.slow
 def test_adapters_make_up_for_a_skipped_layer(params, tmp_path):
     shut = {"router": jnp.zeros((LAYERS, 16)), "bias": jnp.array([1.0, -1.0])}
     start, frozen = split(adapt({**params, "first": shut}, [(r"layers_.*", Lora(rank=2))], jax.random.key(2)))

@@ -68,6 +68,7 @@ def test_the_corpus_skips_installed_packages_empty_files_and_other_encodings(tmp
         data.standard_library(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_lossless_and_transformers_reads_it(tmp_path):
     text = "def f(self, x):\n    return 'Grüße, \u4f60\u597d' + x\r\n\n\n\tclass  A: pass\n"
     tokenizer = data.train_tokenizer([text] * 3, vocab_size=280)

@@ -63,6 +63,7 @@ def kept(step, training):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
 
 
+@pytest.mark.slow
 def test_policies_keep_less_for_the_backward_pass(training):
     found = {policy: kept(remat(STEP, policy), training) for policy in POLICIES}
     assert found["full"] < 0.5 * found["none"]

@@ -97,6 +97,7 @@ def test_the_loss_is_the_divergence_from_the_target_one_and_two_tokens_on():
     assert set(metrics) == {"agree_1", "agree_2", "weight"}
 
 
+@pytest.mark.slow
 def test_training_moves_prompt_tokens_alone_and_helps(tmp_path):
     recipe = heads.recipe(STEP, PARAMS, HEAD, batch, steps=60, rate=3e-2, held_out=batch(1000, rows=16))
     state = heads.init_state(STEP, PARAMS, HEAD, recipe, jax.random.key(0))

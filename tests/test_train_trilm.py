@@ -69,6 +69,7 @@ def test_each_expert_has_its_own_three_values_and_routers_stay():
     assert [len(np.unique(np.round(expert, 6))) for expert in ternary["layers_0"]["mlp"]["up"]] == [3] * 4
 
 
+@pytest.mark.slow
 def test_the_exported_model_has_three_values_a_matrix_and_computes_what_training_computed(trained, recipe):
     params, losses = trained
     assert losses[-1] < losses[0] / 2

@@ -77,6 +77,7 @@ def batch():
     return made.next(MODEL.params(1), 1)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_answers_log_probabilities_times_advantages(batch):
     law = jax.nn.log_softmax(PARAMS["table"] / 0.85)
     logp = np.asarray(law[np.maximum(batch["positions"], 0) % 16, batch["ids"], batch["targets"]])
