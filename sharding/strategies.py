@@ -206,7 +206,8 @@ class Sharded:
         if context.method_name != "__call__" or not isinstance(module, Attention | Mlp | Experts):
             return run(*args, **kwargs)
         x, *rest = args
-        if isinstance(module, Experts) and self._parts("experts") * self._parts("mlp") > 1:
+        # Where only rows are split too: left to XLA, tokens would be routed over all devices together.
+        if isinstance(module, Experts) and any(self._parts(name) > 1 for name in ("experts", "mlp", "batch")):
             return self.split(expert_parallel.apply(module, x, self.mesh, self.rules), ("batch", "length", None))
         out = run(self.split(x, ("batch", "context", None)), *rest, **kwargs)
         between = ("batch", "length", None)

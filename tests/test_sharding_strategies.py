@@ -219,7 +219,7 @@ MATRIX = [
     ("dense", "sequence:data=2,tensor=4"),
     *(("gqa", text) for text in ("fsdp=2,tensor=4", "sequence:tensor=4", "context=2,tensor=4")),
     *(("window", text) for text in ("fsdp=2,tensor=4", "sequence:data=4,tensor=2", "context=8")),
-    *(("moe", text) for text in ("fsdp=2,tensor=4", "expert=8", "sequence:expert=2,tensor=4")),
+    *(("moe", text) for text in ("data=8", "fsdp=2,tensor=4", "expert=8", "sequence:expert=2,tensor=4")),
     ("moe", "expert=2,context=2,tensor=2"),
 ]  # fmt: skip
 
