@@ -18,9 +18,9 @@ mesh each process reads the slices of its own devices alone (the paper's tensor 
 Departures: a block is a layer, not its attention or MLP; the window is as wide as the budget allows, where the paper's
 default is 2 blocks; nothing is kept resident when the disk is slow, since a cyclic order makes every block equally far.
 The operating system's cache of file pages is not counted: it gives way when memory is short.
-Known limit: on a CPU the process takes more than the budget, by about the bytes of all layers together (6 layers of 61
-MB, budget 250 MB: 645 MB above a model without layers). They stand neither in the window nor in the program's temporary
-memory; `scripts/bench_streaming.py` measures it.
+Known limit: on a CPU the process takes more than the budget (32 layers of 61 MB under 600 MB: 956 MB above a model
+without layers, where the window and the program's room are within it). The rest has not been found; what compiling an
+unrolled program leaves behind is part of it. `scripts/bench_streaming.py` measures it.
 
 Stability: experimental.
 """
