@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.pallas_kernels._core.dispatch import choose, why_not
-from jaxinfer.pallas_kernels.matmul.dense import FORMS, TRANSPOSED_FORMS, Call, dense, dense_transposed
+from jaxinfer.pallas_kernels.matmul.dense import FORMS, TRANSPOSED_FORMS, Call, blocked, dense, dense_transposed
 from jaxinfer.pallas_kernels.matmul.dense.blocked import SMALLEST
 
 pytestmark = pytest.mark.smoke
@@ -72,6 +72,23 @@ def test_rows_stay_alone():
     alone, beside = (np.asarray(y(rows, w.T)) for rows in (x, x.at[1].set(jnp.nan)))
     assert np.isnan(beside[1]).all()
     np.testing.assert_array_equal(beside[[0, 2, 3]], alone[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_sums_do_not_repeat_their_rows_in_memory(bug, monkeypatch):
+    """Two products of the same rows, as of a gated MLP: XLA would make `[M, N, K]` of the rows once, for both."""
+    if bug:
+        monkeypatch.setattr(blocked.lax, "optimization_barrier", lambda operands: operands)
+    m, k, n = 7, 192, 256
+
+    def gated(x, scale, gate, up):
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * scale
+        return jax.nn.silu(dense_transposed(x, gate, impl="sums")) * dense_transposed(x, up, impl="sums")
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((m, k), (k,), (n, k), (n, k))]
+    memory = jax.jit(gated).lower(*shapes).compile().memory_analysis()
+    assert (memory.temp_size_in_bytes > 4 * m * n * k) == bug
+    assert bug or memory.temp_size_in_bytes < 4 * n * k
 
 
 def test_the_form_follows_the_call():

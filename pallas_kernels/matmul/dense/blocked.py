@@ -97,6 +97,9 @@ def summed_products(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x[M, K]`, `w[N, K]` -> `[M, N]`, M from 2 on; its derivative is made of plain products."""
     m = x.shape[0]
     padded = jnp.pad(x, ((0, -m % SUMS_MULTIPLE if m > 2 else 0), (0, 0)))
+    # Tied to its weight: the rows of two products, as of a gated MLP, are else repeated for all N outputs in an array
+    # that both read, which is as large as M weights.
+    padded, w = lax.optimization_barrier((padded, w))
     return (w[None, :, :] * padded[:, None, :]).sum(-1)[:m]
 
 
