@@ -49,11 +49,16 @@ class HostWeights:
         """`step` for params that `to_host` gave."""
         return StreamedStep(step.config, step.cache, step.dtype, self)
 
-    def fetcher(self, params: Any) -> Callable[[int, jax.Array], Any]:
-        """`fetch(i, x)`: layer i on the device, and the move of layer i + ahead begun."""
+    def kind(self, i: int) -> int:
+        """Each layer is an array of its own, with its place in the program."""
+        return i
+
+    def fetcher(self, params: Any) -> Callable[[int, jax.Array, int], Any]:
+        """`fetch(i, x, i)`: layer i on the device, and the move of layer i + ahead begun."""
         moved: dict[int, Any] = {}
 
-        def fetch(i: int, x: jax.Array) -> Any:
+        def fetch(i: int, x: jax.Array, like: int) -> Any:
+            del like
             for j in range(i, i + self.ahead + 1):
                 layer = params.get(f"layers_{j}")
                 if layer is not None and j not in moved:

@@ -27,10 +27,11 @@ Stability: experimental.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer import quant
+from jaxinfer.cache.base import new_blocks
 from jaxinfer.checkpoint import hub
 from jaxinfer.checkpoint.chat import ChatTemplate
 from jaxinfer.checkpoint.safetensors_io import open_weights, place
@@ -49,23 +51,27 @@ from jaxinfer.checkpoint.tokenizer import Tokenizer
 from jaxinfer.decode.language_model import LanguageModel, load_draft
 from jaxinfer.errors import ConfigError
 from jaxinfer.models import ModelConfig, Step
-from jaxinfer.models.decoder import Decoder, DecoderLayer
+from jaxinfer.models.decoder import Around, Decoder, DecoderLayer
 from jaxinfer.models.hf import MANIFEST, checked_places, load_config, source_of
 from jaxinfer.models.hf_names import Place
 from jaxinfer.sharding.layer_reader import Leaf, Reader, leaf_of, positions
 from jaxinfer.sharding.rules import AxisRules, shardings
 from jaxinfer.sharding.streamer import Block, Streamer
 
-# Layers that a compiled program has room for: XLA gives a prompt's forward and a step's places of their own, and
-# products of a few rows another form of their weights. Seen on CPU: 3 for plain decoding, 4 with drafts to verify.
-PLACES = 4
+# Layers that a compiled program is taken to have room for. Seen on CPU: 1.0, for plain decoding and with drafts to
+# verify, since a prompt's forward and a step's share one place; with 400 rows of activations 1.3.
+PLACES = 2
 
 
 class LayerSource(Protocol):
     """Gives a layer's params inside the program, when the layers before it have run."""
 
-    def fetcher(self, params: Any) -> Callable[[int, jax.Array], Any]:
-        """`fetch(i, x) -> params of layer i` for one forward; `x` is the layer's input."""
+    def kind(self, i: int) -> Hashable:
+        """Layers of equal kinds have params of the same shapes and types, and `fetch` takes a traced number."""
+        ...
+
+    def fetcher(self, params: Any) -> Callable[[Any, jax.Array, int], Any]:
+        """`fetch(i, x, like) -> params of layer i`, of the kind of layer `like`, for one forward; `x` is its input."""
         ...
 
 
@@ -79,21 +85,60 @@ class StreamedStep(Step):
         self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()
     ) -> Any:
         """As `Step.__call__`."""
-        fetch = self.source.fetcher(params)
-
-        def around(i: int, run: Any, x: jax.Array, positions: jax.Array, block: Any) -> Any:
-            layer = DecoderLayer(self.config, layer=i, parent=None)
-            return layer.apply({"params": fetch(i, x)}, x, positions, block=block, **run.keywords)
-
+        block = new_blocks(cache, inputs.shape[1]) if cache is not None and block is None else block
+        around = self._around(self.source.fetcher(params), cache, block, bool(taps))
         variables = {"params": params}
         return Decoder(self.config).apply(variables, inputs, positions, cache, block, at, mask, taps, around)
+
+    def _kind(self, i: int, cache: Any) -> Hashable:
+        """Layers of equal kinds are one program."""
+        own = self.config.attention(i), self.config.is_sparse(i), self.source.kind(i)
+        if cache is None:
+            return own
+        return own, cache.specs[i], tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache.states[i]))
+
+    def _around(self, fetch: Callable[..., Any], cache: Any, blocks: Any, tapped: bool) -> Around:
+        """Each run of like layers as one loop, at the turn of its first layer; the others' turns hand on their parts.
+        A loop is compiled once, whatever its length: what compiling leaves in memory does not grow with the layers."""
+        kinds = [self._kind(i, cache) for i in range(self.config.num_layers)]
+        done: tuple[int, Any] = (0, None)  # the run's first layer, and what the loop gave
+
+        def loop(begin: int, end: int, run: Any, x: jax.Array, positions: jax.Array) -> Any:
+            layer = DecoderLayer(self.config, layer=begin, parent=None)
+            fixed = {name: value for name, value in run.keywords.items() if name != "state"}
+
+            def body(x: jax.Array, turn: tuple[jax.Array, Any]) -> Any:
+                i, block = turn
+                # One layer's state at a time is copied; a stack of them all would be as large as the cache.
+                states = [None] if cache is None else cache.states[begin:end]
+                state = jax.lax.switch(i - begin, [lambda own=own: own for own in states])
+                variables = {"params": fetch(i, x, begin)}
+                x, *given = layer.apply(variables, x, positions, state=state, block=block, **fixed)
+                return x, (x if tapped else None, *given)
+
+            pending = None if cache is None else jax.tree.map(lambda *own: jnp.stack(own), *blocks[begin:end])
+            return jax.lax.scan(body, x, (jnp.arange(begin, end, dtype=jnp.int32), pending))
+
+        def around(i: int, run: Any, x: jax.Array, positions: jax.Array, block: Any) -> Any:
+            nonlocal done
+            if i == 0 or kinds[i] != kinds[i - 1]:
+                end = next((j for j in range(i, len(kinds)) if kinds[j] != kinds[i]), len(kinds))
+                if end == i + 1:
+                    layer = DecoderLayer(self.config, layer=i, parent=None)
+                    return layer.apply({"params": fetch(i, x, i)}, x, positions, block=block, **run.keywords)
+                done = i, loop(i, end, run, x, positions)
+            begin, (last, parts) = done
+            after, block, notes = jax.tree.map(lambda leaf: leaf[i - begin], parts)
+            return after if tapped else last, block, notes
+
+        return around
 
 
 class LayerFiles:
     """The layers of a Hugging Face directory, streamed within `budget` bytes by `threads` threads.
 
     dtype: of the params in the program; files are read as they are. mesh, rules: how layers are split over devices.
-    Raises CheckpointError for a directory that does not hold the model, ConfigError for a budget below six layers
+    Raises CheckpointError for a directory that does not hold the model, ConfigError for a budget below four layers
     (one in use, one read ahead, `PLACES` in the program), naming the least that would do.
     """
 
@@ -127,6 +172,7 @@ class LayerFiles:
             for i in range(self.config.num_layers)
         )
         self._reader = Reader(self._weights, self._layers)
+        self._compiled = False  # since layers were last given
         self.streamer = self._streamer(budget, threads)
 
     def step(self, cache: Any = None) -> StreamedStep:
@@ -148,33 +194,41 @@ class LayerFiles:
         self.streamer.close()
         self._reader.close()
 
-    def fetcher(self, params: Any) -> Callable[[int, jax.Array], Any]:
+    def kind(self, i: int) -> Hashable:
+        """Shapes and types of the layer's params as the files hold them."""
+        return tuple((leaf.path, leaf.dtype, leaf.shape, leaf.transposed, leaf.stacked) for leaf in self._layers[i])
+
+    def fetcher(self, params: Any) -> Callable[[Any, jax.Array, int], Any]:
         """Asks the host for a layer once its input is there, so that the program holds one layer at a time."""
         del params
+        self._compiled = True
         return self._fetch
 
-    def _fetch(self, i: int, x: jax.Array) -> dict[str, Any]:
-        leaves = self._layers[i]
+    def _fetch(self, i: Any, x: jax.Array, like: int) -> dict[str, Any]:
+        leaves, index = self._layers[like], jnp.asarray(i, jnp.int32)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.local_shape, leaf.dtype) for leaf in leaves)
         ready = x[(0,) * x.ndim]  # an argument of the call, so that it waits for the layer before
         call = functools.partial(io_callback, self._take, shapes)
         if self.mesh is None:
-            arrays = call(np.int32(i), np.int32(0), ready)
+            arrays = call(index, np.int32(0), ready)
         else:
             names = self.mesh.axis_names
             arrays = jax.shard_map(
-                lambda ready: call(np.int32(i), jax.lax.axis_index(names), ready),
+                lambda index, ready: call(index, jax.lax.axis_index(names), ready),
                 mesh=self.mesh,
                 in_specs=PartitionSpec(),
                 out_specs=tuple(leaf.spec for leaf in leaves),
                 check_vma=False,  # what comes from the host has no type of its own
-            )(ready)
+            )(index, ready)
         params = zip(leaves, arrays, strict=True)
         return unflatten_dict({leaf.path: leaf.to_param(array, self.dtype) for leaf, array in params}, sep="/")
 
     def _take(self, index: Any, position: Any, ready: Any) -> tuple[np.ndarray, ...]:
         """The callback: a device's slices of layer `index`; XLA copies them before the device asks for another."""
         del ready
+        if self._compiled:
+            self._compiled = False
+            trim()
         place = int(position)
         _, arrays = self.streamer.take(int(index), self._positions.index(place))
         return arrays[place]
@@ -200,6 +254,14 @@ class LayerFiles:
 
         blocks = [block(i) for i in range(len(self._layers))]
         return Streamer(blocks, budget=budget - inside, threads=threads, wrap=True, takers=len(self._positions))
+
+
+def trim() -> None:
+    """Gives free memory back to the system: compiling leaves some hundred megabytes of it. Glibc alone offers that."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def load(

@@ -1,5 +1,7 @@
 """Streaming: blocks come in order within a budget, and a model whose layers are streamed is the model in memory."""
 
+import ctypes
+import dataclasses
 import functools
 import json
 import random
@@ -14,11 +16,12 @@ import numpy as np
 import pytest
 
 from jaxinfer import decode, quant
+from jaxinfer.cache.retrieval import Asking
 from jaxinfer.cli import compiled, main
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.models import ModelConfig, Step
 from jaxinfer.models.hf import load_directory, save_directory
-from jaxinfer.sharding import host_weights
+from jaxinfer.sharding import host_weights, layer_stream
 from jaxinfer.sharding.layer_reader import Reader
 from jaxinfer.sharding.layer_stream import LayerFiles
 from jaxinfer.sharding.rules import TENSOR
@@ -172,9 +175,13 @@ def directories(tmp_path_factory):
 
 @functools.cache
 def forward(step):
+    """Logits, residual streams after the first and the last layer, what the cache notes, new keys and values."""
+
     def run(params, ids, positions):
-        output, _ = step(params, ids, positions, step.new_cache(*ids.shape))
-        return step.head(params, output.hidden)
+        cache = step.new_cache(*ids.shape)
+        cache = dataclasses.replace(cache, specs=tuple(Asking(spec) for spec in cache.specs))
+        output, blocks = step(params, ids, positions, cache, taps=(0, step.config.num_layers - 1))
+        return step.head(params, output.hidden), output.taps, output.notes, blocks
 
     return quick_jit(run)
 
@@ -194,7 +201,7 @@ def tight(directory, **options):
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
 def test_streamed_logits_are_those_of_the_model_in_memory(name, directories):
-    """Bit for bit, with fused tensors, experts, sandwich norms and sliding windows."""
+    """Bit for bit, with fused tensors, experts, sandwich norms and sliding windows; so is all that a layer hands on."""
     config, params = load_directory(directories(name))
     params = quant.apply(params, LAYERS) if name != "mixtral" else params
     layers = tight(directories(name))
@@ -202,10 +209,12 @@ def test_streamed_logits_are_those_of_the_model_in_memory(name, directories):
     expected = forward(Step(config))(params, ids, positions)
     found = forward(layers.step())(layers.resident(), ids, positions)
     layers.close()
-    if name == "mixtral":  # its attention stands the other way round in memory here
-        np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-6)
-    else:
-        np.testing.assert_array_equal(found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if name == "mixtral":  # its attention stands the other way round in memory here
+            np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-6)
+        else:
+            np.testing.assert_array_equal(a, b)
 
 
 def test_layers_in_the_wrong_order_are_seen(directories, monkeypatch):
@@ -218,19 +227,39 @@ def test_layers_in_the_wrong_order_are_seen(directories, monkeypatch):
     found = forward(layers.step())(layers.resident(), ids, positions)
     layers.close()
     expected = forward(Step(config))(quant.apply(params, LAYERS), ids, positions)
-    assert np.abs(found - expected).max() > 1e-3
+    assert np.abs(found[0] - expected[0]).max() > 1e-3
 
 
-def test_the_program_holds_one_layer(directories):
-    """XLA's temporary memory of a streamed forward grows by less than a layer for three times the layers."""
+@pytest.mark.parametrize("bug", [False, True])
+def test_the_program_has_and_holds_one_layer(bug, directories, monkeypatch):
+    """Layers of one kind are one loop, with room for one layer. Written out one by one, their code grows with them."""
+    if bug:
+        monkeypatch.setattr(LayerFiles, "kind", lambda self, i: i)
     layers = tight(directories("llama"))
     step, params = layers.step(), layers.resident()
-    ids, positions = inputs(layers.config)
-    memory = forward(step).lower(params, ids, positions).compile().memory_analysis()
+    lowered = forward(step).lower(params, *inputs(layers.config))
+    memory = None if bug else lowered.compile().memory_analysis()
     layer = sum(leaf.nbytes for leaf in layers._layers[0])
     layers.close()
+    assert lowered.as_text().count("python_cpu_callback") == (layers.config.num_layers if bug else 1)
     assert layers.config.num_layers >= 2
-    assert memory.temp_size_in_bytes < 1.6 * layer
+    assert memory is None or memory.temp_size_in_bytes < 1.6 * layer
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
+def test_memory_that_compiling_left_is_given_back():
+    """Small pieces that are free below one in use: the C library keeps them, as it does those of a compiler."""
+
+    def resident():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    pieces = [np.ones(20_000, np.uint8) for _ in range(2_000)]
+    del pieces[:-1]
+    before = resident()
+    layer_stream.trim()
+    assert before - resident() > 20e6
+    assert pieces[0].all()
 
 
 @pytest.fixture(scope="module")
