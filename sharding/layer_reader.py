@@ -1,5 +1,8 @@
-"""Reads the layers of a Hugging Face directory one by one, in the order and types of its files, into buffers that are
-used again; of each param the slices that this process's devices have.
+"""Reads the layers of a Hugging Face directory one by one, in the order and types of its files; of each param the
+slices that this process's devices have.
+
+A program copies what it is given; a copy from the file to a buffer before would be the second, in the process's own
+memory. So what lies in one piece is given as it lies in the file's map.
 
 Stability: internal.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +31,8 @@ ALIGN = 64  # bytes between the starts of a buffer's arrays
 Slice = tuple[tuple[int, int], ...]  # begin and end along each axis
 # Arrays of the leaves in order, for each position in the mesh.
 Arrays = dict[int, tuple[np.ndarray, ...]]
+# A buffer, and pieces of maps: file, begin and bytes.
+Held = tuple[np.ndarray, list[tuple[Path, int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,38 +94,66 @@ def leaf_of(row: Place, tensors: tuple[TensorInfo, ...], sharding: NamedSharding
 
 
 class Reader:
-    """Layers into buffers of `size` bytes, the largest layer's. `spare(buffer)` gives one back to be used again."""
+    """Layers as their files hold them. What lies in one piece there is given as a view of the file's map, whose pages
+    have been read and stay mapped until `spare`; what does not is put together in a buffer, which is used again.
+
+    `size`: bytes of the largest layer, in views and buffer.
+    """
 
     def __init__(self, weights: Weights, layers: tuple[tuple[Leaf, ...], ...]):
         self._weights, self._layers = weights, layers
         self.size = max((sum(size for *_, size in _layout(layer)) for layer in layers), default=0)
+        apart = [[size for leaf, index, size in _layout(layer) if not _in_one_piece(leaf, index)] for layer in layers]
+        self._room = max(map(sum, apart), default=0)
         self._files = {file: os.open(file, os.O_RDONLY) for file in _files(layers)}
+        self._maps = {file: mmap.mmap(fd, 0, access=mmap.ACCESS_READ) for file, fd in self._files.items()}
         self._spare: list[np.ndarray] = []
 
-    def load(self, index: int) -> tuple[np.ndarray, Arrays]:
-        """Layer `index`: its buffer, and the arrays in it. Raises CheckpointError where a file became shorter."""
+    def load(self, index: int) -> tuple[Held, Arrays]:
+        """What `spare` wants back, and the arrays of layer `index`. Raises CheckpointError for a file that was cut."""
+        leaves = self._layers[index]
         try:
             buffer = self._spare.pop()
         except IndexError:
-            buffer = np.empty(self.size, np.uint8)
-        at, parts = 0, {}
-        for leaf, index_of, size in _layout(self._layers[index]):
-            array = buffer[at : at + leaf.nbytes].view(leaf.dtype).reshape(leaf.local_shape)
-            self._read(leaf, index_of, array)
-            parts[leaf.path, index_of] = array
-            at += size
-        leaves = self._layers[index]
-        return buffer, {p: tuple(parts[leaf.path, leaf.slices[p]] for leaf in leaves) for p in leaves[0].slices}
+            buffer = np.empty(self._room, np.uint8)
+        at, parts, mapped = 0, {}, []
+        for leaf, index_of, size in _layout(leaves):
+            whole = _in_one_piece(leaf, index_of)
+            raw = self._view(leaf, index_of) if whole else buffer[at : at + leaf.nbytes]
+            array = parts[leaf.path, index_of] = raw.view(leaf.dtype).reshape(leaf.local_shape)
+            if whole:
+                mapped.append((leaf.tensors[0].file, _offset(leaf, index_of), leaf.nbytes))
+            else:
+                self._read(leaf, index_of, array)
+                at += size
+        return (buffer, mapped), {p: tuple(parts[x.path, x.slices[p]] for x in leaves) for p in leaves[0].slices}
 
-    def spare(self, buffer: np.ndarray) -> None:
-        """Memory that is written again is faster than memory that is new."""
+    def spare(self, held: Held) -> None:
+        """Lets the pages go, and keeps the buffer: memory that is written again is faster than memory that is new."""
+        buffer, mapped = held
         self._spare.append(buffer)
+        if hasattr(mmap, "MADV_DONTNEED"):  # read again from the file, should one still look at them
+            for file, begin, nbytes in mapped:
+                inside = begin % mmap.PAGESIZE
+                self._maps[file].madvise(mmap.MADV_DONTNEED, begin - inside, nbytes + inside)
 
     def close(self) -> None:
         """Closes the files and frees the buffers that are not in use."""
         self._spare.clear()
+        self._maps.clear()
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def _view(self, leaf: Leaf, index: Slice) -> np.ndarray:
+        """The bytes of a slice in the file's map, read into memory."""
+        info, begin = leaf.tensors[0], _offset(leaf, index)
+        if os.fstat(self._files[info.file]).st_size < begin + leaf.nbytes:  # touching what is gone ends the process
+            raise CheckpointError(_cut(info))
+        if hasattr(os, "posix_fadvise"):  # all of it in one go, where touching alone asks for few pages at a time
+            os.posix_fadvise(self._files[info.file], begin, leaf.nbytes, os.POSIX_FADV_WILLNEED)
+        raw = np.frombuffer(self._maps[info.file], np.uint8, leaf.nbytes, begin)
+        raw[:: mmap.PAGESIZE].max(initial=0)  # touches every page, while other threads run
+        return raw
 
     def _read(self, leaf: Leaf, index: Slice, out: np.ndarray) -> None:
         if not leaf.stacked:
@@ -138,8 +172,24 @@ class Reader:
         while todo:
             count = os.preadv(self._files[info.file], [todo], offset)
             if count == 0:
-                raise CheckpointError(f"{info.file}: ends before tensor {info.name!r} does; it was cut while in use")
+                raise CheckpointError(_cut(info))
             todo, offset = todo[count:], offset + count
+
+
+def _cut(info: TensorInfo) -> str:
+    return f"{info.file}: ends before tensor {info.name!r} does; it was cut while in use"
+
+
+def _in_one_piece(leaf: Leaf, index: Slice) -> bool:
+    """Whether the slice is rows of one tensor, at a place where its type may stand."""
+    if leaf.stacked or leaf.local_shape[1:] != leaf.tensors[0].shape[1:]:
+        return False
+    return _offset(leaf, index) % leaf.dtype.itemsize == 0
+
+
+def _offset(leaf: Leaf, index: Slice) -> int:
+    info = leaf.tensors[0]
+    return info.begin + (index[0][0] + leaf.first_row) * math.prod(info.shape[1:]) * info.dtype.itemsize
 
 
 def _layout(layer: tuple[Leaf, ...]) -> list[tuple[Leaf, Slice, int]]:

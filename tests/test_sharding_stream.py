@@ -334,6 +334,21 @@ def test_host_weights_are_moved_one_layer_at_a_time(directories):
     assert len(moved) >= config.num_layers  # every leaf, or all of a layer's at once
 
 
+def test_tensors_in_one_piece_are_given_as_they_lie_in_the_file(directories):
+    """Views of the file's map, no memory of the process; given back, they can be had again."""
+    layers = tight(directories("llama"))
+    first = layers._reader.load(1)
+    expected = [array.copy() for array in first[1][0]]
+    layers._reader.spare(first[0])
+    (buffer, pieces), arrays = layers._reader.load(1)
+    layers.close()
+    assert buffer.nbytes == 0
+    assert sum(nbytes for *_, nbytes in pieces) == sum(leaf.nbytes for leaf in layers._layers[1])
+    assert not any(array.flags.owndata or array.flags.writeable for array in arrays[0])
+    for array, copy in zip(arrays[0], expected, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
 def test_a_file_that_is_cut_while_in_use(tmp_path):
     directory = tmp_path / "cut"
     save_directory(LLAMA, params_of(LLAMA), directory)
