@@ -9,16 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-# Most of the suite's time is XLA compiling programs that run once, so it is asked for quick code, which takes half the
-# time. XLA_FLAGS from outside stand as they are: `.ci/run` runs the smoke tests with an empty one, as users compile.
-QUICK_TO_COMPILE = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if jax.__version_info__ < (0, 11):  # later ones end the process for a flag that they do not know
-    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(QUICK_TO_COMPILE))
+from tests import compiling
+
+# XLA_FLAGS from outside stand as they are: `.ci/run` runs the smoke tests with an empty one, as users compile.
+os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -26,6 +26,7 @@ from jaxinfer.train import chunkwise, chunkwise_cache, chunkwise_sampling, lm, l
 from jaxinfer.train.chunkwise import Chunkwise
 from jaxinfer.train.chunkwise_sampling import Draw, Sampling
 from jaxinfer.train.data import pack
+from tests import compiling
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LENGTH, CHUNK = 18, 5  # four chunks, the last of them of three tokens
@@ -232,7 +233,8 @@ def temporary(objective, step, params, length):
     run = jax.jit(lambda params, batch: jax.grad(objective, has_aux=True)(params, batch, None)[0])
     c = step.config
     cache = 4 * c.num_layers * c.num_kv_heads * c.head_dim * length * 4
-    return run.lower(params, batch).compile().memory_analysis().temp_size_in_bytes, cache
+    compiled = run.lower(params, batch).compile(compiler_options=compiling.DEFAULTS)
+    return compiled.memory_analysis().temp_size_in_bytes, cache
 
 
 def clearing(spec, kept, cotangents):
