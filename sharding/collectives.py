@@ -33,7 +33,8 @@ class Collective:
 
     `shapes` and `nbytes` of its result there, `parts`: devices that take part in one group, `times`: runs in one call
     of the program (loops of known length multiply; a loop of unknown length, marked by `unbounded`, counts as one trip,
-    and every branch of a conditional counts), `name`: the traced operation that it comes from, where XLA kept it.
+    and every branch of a conditional counts, marked by `conditional`), `name`: the traced operation that it comes from,
+    where XLA kept it.
     On a CPU, XLA sums bfloat16 in float32: `nbytes` are what that program moves.
     """
 
@@ -43,6 +44,7 @@ class Collective:
     parts: int
     times: int
     unbounded: bool
+    conditional: bool
     name: str
 
     @property
@@ -67,11 +69,11 @@ def collectives(program: Any) -> list[Collective]:
     runs = _runs(lines)
     found = []
     for name, body in lines.items():
-        times, unbounded = runs.get(name, (0, False))
+        times, unbounded, conditional = runs.get(name, (0, False, False))
         for line in body if times else ():
             one = _collective(line, everyone)
             if one is not None:
-                found.append(dataclasses.replace(one, times=times, unbounded=unbounded))
+                found.append(dataclasses.replace(one, times=times, unbounded=unbounded, conditional=conditional))
     return found
 
 
@@ -83,13 +85,13 @@ def summary(program: Any) -> dict[str, tuple[int, int]]:
     return {kind: (sum(c.times for c in ones), sum(c.times * c.nbytes for c in ones)) for kind, ones in of.items()}
 
 
-def sent(program: Any, kinds: Iterable[str] = KINDS) -> float:
-    """Bytes that each device sends in one call, of these kinds."""
+def sent(program: Any, kinds: Iterable[str] = KINDS, *, conditional: bool = True) -> float:
+    """Bytes that each device sends in one call, of these kinds; without `conditional`, where no branch is taken."""
     wanted = set(kinds)
     if unknown := wanted - set(KINDS):
         raise InputError(f"kind {sorted(unknown)[0]!r} is no collective; accepted: {', '.join(KINDS)}")
     found = program if isinstance(program, list) else collectives(program)
-    return sum(one.sent for one in found if one.kind in wanted)
+    return sum(one.sent for one in found if one.kind in wanted and (conditional or not one.conditional))
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -106,9 +108,10 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _runs(lines: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
-    """How often each computation runs in one call, and whether a loop of unknown length is around it."""
-    calls: dict[str, list[tuple[str, int, bool]]] = {}
+def _runs(lines: dict[str, list[str]]) -> dict[str, tuple[int, bool, bool]]:
+    """How often each computation runs in one call, and whether a loop of unknown length, or a conditional, is around
+    it."""
+    calls: dict[str, list[tuple[str, int, bool, bool]]] = {}
     for caller, body in lines.items():
         for line in body:
             callees = _CALLS.findall(line)
@@ -120,14 +123,16 @@ def _runs(lines: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
                 trips, unknown = (int(known.group(1)), False) if known else (1, True)
             for callee in callees:
                 if callee in lines:
-                    calls.setdefault(callee, []).append((caller, trips, unknown))
-    memo: dict[str, tuple[int, bool]] = {"ENTRY": (1, False)}
+                    calls.setdefault(callee, []).append((caller, trips, unknown, " conditional(" in line))
+    memo: dict[str, tuple[int, bool, bool]] = {"ENTRY": (1, False, False)}
 
-    def of(name: str) -> tuple[int, bool]:
+    def of(name: str) -> tuple[int, bool, bool]:
         if name not in memo:
-            above = [(of(caller), trips, unknown) for caller, trips, unknown in calls.get(name, ())]
-            total = sum(times * trips for (times, _), trips, _ in above)
-            memo[name] = (total, any(flag or unknown for (times, flag), _, unknown in above if times))
+            above = [(of(caller), *call) for caller, *call in calls.get(name, ())]
+            above = [one for one in above if one[0][0]]  # callers that run
+            total = sum(times * trips for (times, _, _), trips, _, _ in above)
+            unknown = any(around or here for (_, around, _), _, here, _ in above)
+            memo[name] = (total, unknown, any(around or here for (_, _, around), _, _, here in above))
         return memo[name]
 
     return {name: of(name) for name in lines}
@@ -150,7 +155,9 @@ def _collective(line: str, everyone: int) -> Collective | None:
         return None
     nbytes = sum(math.ceil(math.prod(dims) * _bits(dtype) / 8) for dtype, dims in shapes)
     name = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, tuple(dims for _, dims in shapes), nbytes, parts, 1, False, name.group(1) if name else "")
+    return Collective(
+        kind, tuple(dims for _, dims in shapes), nbytes, parts, 1, False, False, name.group(1) if name else ""
+    )
 
 
 def _dims(text: str) -> tuple[int, ...]:

@@ -76,13 +76,15 @@ def apply(module: Experts, x: jax.Array, mesh: Mesh, rules: AxisRules, *, slack:
             rows = _run_experts(flat[routing.token], routing.group_sizes, weights, c)
         else:
             rows = _exchange(routing, flat, weights, axis=axis, parts=parts, config=c, slack=slack)
-        out = routing.gather(rows).reshape(x.shape)
-        return jax.lax.psum(out, columns) if columns else out
+        return routing.gather(rows).reshape(1, *x.shape)
 
     whole = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * leaf.ndim), router)
-    return jax.shard_map(
-        run, mesh=mesh_here(mesh), in_specs=(tokens, whole, placed), out_specs=tokens, check_vma=False
+    # Columns are summed out here: the transpose of a sum in there would sum its gradient, the same on all, once more.
+    part = PartitionSpec(columns or None, *tokens)
+    columns_apart = jax.shard_map(
+        run, mesh=mesh_here(mesh), in_specs=(tokens, whole, placed), out_specs=part, check_vma=False
     )(x, router, weights)  # fmt: skip
+    return jax.lax.reduce_sum(columns_apart, (0,))  # jnp.sum would send bfloat16 as float32
 
 
 def _exchange(routing: Routing, flat, weights, *, axis: str, parts: int, config: Any, slack: float) -> jax.Array:

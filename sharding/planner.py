@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxinfer import quant
 from jaxinfer.errors import ConfigError, InputError
-from jaxinfer.sharding.experts import capacity_of
+from jaxinfer.sharding.experts import capacity_of, rounds_of
 from jaxinfer.sharding.mesh import AXES, ROWS, check, describe, fitting
 from jaxinfer.sharding.ring_attention import ContextCache
 from jaxinfer.sharding.rules import AxisRules, names, shardings
@@ -37,7 +37,10 @@ USABLE = 0.9  # of a device's memory; the rest is the allocator's and the progra
 class Chip:
     """A device by its data sheet: bytes of `memory`, bfloat16 operations, bytes read, and bytes sent a second.
 
-    `link` is what one device sends along one mesh axis in one direction.
+    `link` is what one device sends along one mesh axis in one direction. `scatters`: whether XLA's compiler for it
+    makes a reduce-scatter of a sum of which a device keeps its share, and adds what ends in the same sum before it is
+    sent. The one for GPUs does (ReduceScatterCreator and AllReduceReassociate in xla/service/gpu/gpu_compiler.cc), the
+    one for TPUs is taken to; the one for CPUs does neither, and sends all-reduces.
     """
 
     name: str
@@ -45,11 +48,17 @@ class Chip:
     flops: float
     bandwidth: float
     link: float
+    scatters: bool = True
 
 
 CHIPS: Mapping[str, Chip] = {
-    "h200": Chip("h200", 141e9, 989e12, 4.8e12, 450e9),  # NVLink: half of the 900 GB/s of both directions
-    "v5p": Chip("v5p", 95e9, 459e12, 2.765e12, 180e9),  # a ring along one axis of the torus, both ways
+    # NVIDIA's data sheet of the H200 SXM: 141 GB, 1,979 TFLOP/s in bfloat16 with sparsity (dense: half), 4.8 TB/s;
+    # NVLink 900 GB/s of both directions together.
+    "h200": Chip("h200", 141e9, 989e12, 4.8e12, 450e9),
+    # docs.cloud.google.com/tpu/docs/v5p: 95 GB (GiB by newer versions of the page), 459 TFLOP/s in bfloat16, 2,765
+    # GB/s; interconnect of a chip 1,200 GB/s of both directions (4,800 Gbit/s of one), over six links of a 3D torus:
+    # 100 GB/s a link and direction. One link, since slices under 4x4x4 chips, as a v5p-64 (2x4x4), close no rings.
+    "v5p": Chip("v5p", 95e9, 459e12, 2.765e12, 100e9),
 }
 
 
@@ -75,7 +84,11 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one device holds in bytes (`weights`, `cache`, `optimizer` with gradients, `work`), `sends` in one step
-    (bytes by what for), computes (`flops`) and reads, under the mesh `axes`."""
+    (bytes by what for), computes (`flops`) and reads, under the mesh `axes`.
+
+    Experts are sent one round of tokens a layer, which an even routing takes; `uneven`: the bytes of the further rounds
+    that the most uneven routing takes.
+    """
 
     axes: tuple[tuple[str, int], ...]
     sequence: bool
@@ -84,6 +97,7 @@ class Plan:
     optimizer: int
     work: int
     sends: tuple[tuple[str, float], ...]
+    uneven: float
     flops: float
     reads: float
 
@@ -110,10 +124,18 @@ class Plan:
 
 
 def predict(
-    step: Any, axes: Mapping[str, int], job: Job, params: Any = None, *, sequence: bool = False, width: int = 4
+    step: Any,
+    axes: Mapping[str, int],
+    job: Job,
+    params: Any = None,
+    *,
+    sequence: bool = False,
+    width: int = 4,
+    scatters: bool = True,
 ) -> Plan:
     """The Plan of one mesh. `params`: the weights' shapes, quantized or adapted ones too (None: plain float32);
-    `width`: bytes of an activation. Raises ConfigError as `mesh.check` for a mesh that does not divide."""
+    `width`: bytes of an activation; `scatters`: of the Chip. Raises ConfigError as `mesh.check` for a mesh that does
+    not divide."""
     config = step.config
     check(axes, config, batch=job.batch)
     axes = {name: axes[name] for name in AXES if axes.get(name, 1) > 1}
@@ -125,19 +147,16 @@ def predict(
     paths = [jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True))
     weights = sum(_local(leaf, sharding) for leaf, sharding in pairs)
-    sizes = _Sizes.of(config, rules, mesh, job, width)
+    sizes = _Sizes.of(config, rules, mesh, job, width, scatters)
     cache = 0 if job.kind == "train" else _cache(step, rules, mesh, job)
-    # An embedding whose rows are whole is looked up where it is, and the tokens' rows are exchanged.
-    looked_up = sizes.vocab == 1 and not config.tie_embeddings
-    gathered = _gathered(
-        [p for n, p in zip(paths, pairs, strict=True) if not (looked_up and n[:9] == "embedding")], rules
-    )
+    named = [(path, *pair) for path, pair in zip(paths, pairs, strict=True)]
+    gathered = _gathered([pair for path, *pair in named if not sizes.looked_up(path)], rules)
     training = job.kind == "train"
     # Adam's two moments and the gradient, in float32, of what is trained: all that is a float.
     optimizer = (
         sum(3 * _local(leaf, sharding) * 4 // leaf.dtype.itemsize for leaf, sharding in pairs) if training else 0
     )
-    sends = _sends(sizes, pairs, gathered, training=training)
+    sends = _sends(sizes, named, gathered, training=training)
     active = _active(config, params) / sizes.tensor
     tokens = sizes.rows * sizes.tokens
     seen = sizes.layers * sizes.heads * config.head_dim * max(job.capacity, job.tokens)
@@ -145,7 +164,8 @@ def predict(
     read = weights + sum(gathered)
     return Plan(
         tuple(axes.items()), sequence, weights, cache, optimizer, _work(sizes, weights, gathered, training=training),
-        tuple((what, count) for what, count in sends.items() if count), flops, 3 * read if training else read + cache,
+        tuple((what, count) for what, count in sends.items() if count),
+        _uneven(sizes, training=training), flops, 3 * read if training else read + cache,
     )  # fmt: skip
 
 
@@ -159,7 +179,7 @@ def plans(
     names = [name for name in axes if name != "stage"]
     meshes = fitting(step.config, devices, batch=job.batch, names=names)
     # Tokens of a row are split where there are enough of them to go round a ring, or a cache to lie on all devices.
-    found = [predict(step, mesh, job, params, width=width) for mesh in meshes]
+    found = [predict(step, mesh, job, params, width=width, scatters=chip.scatters) for mesh in meshes]
     if not found:
         accepted = [n for n in range(devices - 1, 0, -1) if fitting(step.config, n, batch=job.batch, names=names)]
         problem = f"{devices} devices: no mesh divides the model and a batch of {job.batch}"
@@ -189,16 +209,18 @@ class _Sizes:
     mesh: Any
     job: Job
     width: int
+    scatters: bool
     rows: int
     tokens: int
     ringed: bool
 
     @classmethod
-    def of(cls, config: Any, rules: AxisRules, mesh: Any, job: Job, width: int) -> _Sizes:
+    def of(cls, config: Any, rules: AxisRules, mesh: Any, job: Job, width: int, scatters: bool) -> _Sizes:
         context = rules.parts("context", mesh)
         ringed = context > 1 and job.tokens % context == 0
         tokens = job.tokens // context if ringed else job.tokens
-        return cls(config, rules, mesh, job, width, job.batch // rules.parts("batch", mesh), tokens, ringed)
+        rows = job.batch // rules.parts("batch", mesh)
+        return cls(config, rules, mesh, job, width, scatters, rows, tokens, ringed)
 
     @property
     def layers(self) -> int:
@@ -230,6 +252,15 @@ class _Sizes:
         return self.rows * self.tokens * self.config.hidden_size * self.width
 
     @property
+    def split(self) -> bool:
+        """Whether tensor splits the tokens between blocks."""
+        return "tensor" in names(self.rules["length"]) and self.job.tokens % self.rules.parts("length", self.mesh) == 0
+
+    def looked_up(self, path: str) -> bool:
+        """An embedding whose rows are whole is looked up where it lies, and the tokens' rows are exchanged."""
+        return path == "embedding" and self.vocab == 1 and not self.config.tie_embeddings
+
+    @property
     def sparse(self) -> int:
         return sum(self.config.is_sparse(i) for i in range(self.layers))
 
@@ -240,57 +271,99 @@ def _declared(step: Any) -> Any:
     return step.abstract()
 
 
-def _sends(s: _Sizes, pairs: Any, gathered: Sequence[int], *, training: bool) -> dict[str, float]:
-    """Bytes that a device sends, by what for."""
-    c, expert, vocab = s.config, s.rules.parts("experts", s.mesh), s.vocab
-    found: dict[str, float] = {}
-    # Tensor: a sum after attention and one after the MLP, one of the embedding's rows; backward, of the gradient that
-    # each product hands back to its input (q, k, v; gate, up, or all experts together; the head). XLA for CPUs sums
-    # these one by one. (Split between blocks, a reduce-scatter and a gather send the same.)
-    forward = 2 * s.layers + (vocab > 1)
-    backward = 5 * s.layers - s.sparse + (vocab > 1)
-    found["tensor"] = (forward + backward * training) * _all_reduce(s.stream, s.tensor)
-    if training and vocab > 1:  # the peak of the logits, their sum, the target's
-        found["tensor"] += 3 * _all_reduce(s.rows * s.tokens * 4, vocab)
+def _sends(s: _Sizes, weights: Any, gathered: Sequence[int], *, training: bool) -> dict[str, float]:
+    """Bytes that a device sends, by what for. `weights`: path, leaf and sharding of each."""
+    found = {"tensor": _tensor(s, training=training)}
     fsdp = s.rules.parts("embed", s.mesh)
-    found["weights"] = sum(gathered) * (fsdp - 1) / fsdp * (2 if training else 1)  # what arrives, each sends on
-    if fsdp > 1 and vocab == 1:  # the ids, and a share of each token's row
-        found["embedding"] = s.stream * (fsdp - 1) / fsdp * (2 if training else 1) + s.rows * (fsdp - 1) * s.tokens * 4
-    if expert > 1:
-        capacity = capacity_of(s.rows * s.tokens, c.experts_per_token, expert)
-        rows = (expert - 1) * capacity
-        found["experts"] = s.sparse * rows * ((4 if training else 2) * c.hidden_size * s.width + 4)
+    # What arrives, each sends on. Once: the backward pass takes what the forward pass gathered.
+    found["weights"] = sum(gathered) * (fsdp - 1) / fsdp
+    if fsdp > 1 and s.vocab == 1:  # the ids, and a share of each token's row; its gradient goes back the same way
+        found["embedding"] = (s.stream / fsdp + s.rows * s.tokens * 4) * (fsdp - 1) * (2 if training else 1)
+    found["experts"] = s.sparse * _round(s, training=training)
     if s.context > 1:
-        pairs_of_keys = 2 * s.rows * s.groups * c.head_dim
-        marks = 2 * s.rows * 4
-        piece = s.tokens * (pairs_of_keys * s.width + marks)
-        past = 0 if training else -(-s.job.capacity // s.context) * (pairs_of_keys * s.width + marks)
-        if s.ringed:
-            hops = s.context - 1
-            # Backward, keys travel again, and their gradients one hop further, home.
-            back = hops * piece + s.context * s.tokens * pairs_of_keys * s.width if training else 0
-            found["context"] = s.layers * (hops * (piece + past) + back)
-        else:
-            part = s.rows * s.heads * s.tokens * (c.head_dim + 1) * 4
-            found["context"] = s.layers * (s.context - 1) * part
+        found["context"] = s.layers * _context(s, training=training)
     if training:
-        found["gradients"] = sum(_gradient(leaf, sharding, s) for leaf, sharding in pairs)
+        found["gradients"] = sum(_gradient(s, path, leaf, sharding) for path, leaf, sharding in weights)
     return found
+
+
+def _tensor(s: _Sizes, *, training: bool) -> float:
+    """A sum after attention and one after the MLP, one of the embedding's rows; backward, of the gradient that each
+    product hands back to its input (q, k, v; gate, up, or all experts together; the head)."""
+    split_vocab = s.vocab > 1
+    sums = 2 * s.layers + split_vocab
+    if training:
+        products = 2 * s.layers if s.scatters else 5 * s.layers - s.sparse
+        sums += products + split_vocab
+    share = s.stream * (s.tensor - 1) / s.tensor  # of a gather or a reduce-scatter
+    if s.split:
+        # Each of the sums leaves a device its tokens. They are gathered before each block and before the head; the
+        # gradient, before each block's backward pass and before the embedding's.
+        gathers = (2 * s.layers + 1) * (2 if training else 1)
+        sent = sums * share * (1 if s.scatters else 2) + gathers * share
+    else:
+        sent = sums * 2 * share
+    if training and split_vocab:  # the peak of the logits, their sum, the target's
+        sent += 3 * _all_reduce(s.rows * s.tokens * 4, s.vocab)
+    return sent
+
+
+def _round(s: _Sizes, *, training: bool) -> float:
+    """One round of a layer's experts: rows and their experts' numbers go there, rows come back, and backward the same
+    with gradients."""
+    parts = s.rules.parts("experts", s.mesh)
+    rows = (parts - 1) * capacity_of(s.rows * s.tokens, s.config.experts_per_token, parts)
+    return rows * ((4 if training else 2) * s.config.hidden_size * s.width + 4)
+
+
+def _uneven(s: _Sizes, *, training: bool) -> float:
+    parts, k = s.rules.parts("experts", s.mesh), s.config.experts_per_token
+    if parts == 1 or not s.sparse:
+        return 0.0
+    tokens = s.rows * s.tokens
+    rounds = rounds_of(tokens, k, s.config.num_experts, parts, capacity_of(tokens, k, parts))
+    return s.sparse * (rounds - 1) * _round(s, training=training)
+
+
+def _context(s: _Sizes, *, training: bool) -> float:
+    """One layer's keys and values round the ring, or the parts of each device's attention over its own slots."""
+    c = s.config
+    if not s.ringed:
+        return (s.context - 1) * s.rows * s.heads * s.tokens * (c.head_dim + 1) * 4
+    pairs_of_keys = 2 * s.rows * s.groups * c.head_dim
+    marks = 2 * s.rows * 4
+    piece = s.tokens * (pairs_of_keys * s.width + marks)
+    past = 0 if training else -(-s.job.capacity // s.context) * (pairs_of_keys * s.width + marks)
+    hops = s.context - 1
+    # Backward, keys travel again (not in a ring of two: they have come the whole way), and their gradients one hop
+    # further, home.
+    back = hops * piece * (hops > 1) + s.context * s.tokens * pairs_of_keys * s.width if training else 0
+    return hops * (piece + past) + back
 
 
 def _all_reduce(count: float, parts: int) -> float:
     return 2 * count * (parts - 1) / parts
 
 
-def _gradient(leaf: Any, sharding: Any, s: _Sizes) -> float:
-    """A weight's gradient is summed over the axes that split rows or tokens and not the weight; over one that splits
-    both it is scattered."""
+def _gradient(s: _Sizes, path: str, leaf: Any, sharding: Any) -> float:
+    """A weight's gradient is summed over the axes that split rows or tokens and not the weight, one after the other.
+
+    Over fsdp, which splits both, it is scattered (or summed whole, where the compiler scatters nothing), and the other
+    axes sum the share.
+    """
     own = [axis for part in sharding.spec for axis in names(part)]
     rows = math.prod(s.mesh.shape[axis] for axis in ROWS if axis in s.mesh.shape and axis not in own)
     count = _local(leaf, sharding) * 4 / leaf.dtype.itemsize
-    fsdp = s.mesh.shape["fsdp"] if "fsdp" in own else 1
-    # Rows and tokens are two axes of an array, and XLA sums over one after the other.
-    return _all_reduce(count, rows) + _all_reduce(count, s.context) + count * (fsdp - 1)
+    fsdp = s.mesh.shape["fsdp"] if "fsdp" in own and not s.looked_up(path) else 1
+    found = count * (fsdp - 1) * (1 if s.scatters else 2)
+    # Lookup and head each make a gradient of a tied embedding; those of a lookup that fsdp exchanged are not summed.
+    twice = path == "embedding" and s.config.tie_embeddings and fsdp == 1 and not s.scatters
+    found += (2 if twice else 1) * (_all_reduce(count, rows) + _all_reduce(count, s.context))
+    # Of what tensor does not split, a device has a part too where it sees its own heads, experts' columns, or tokens.
+    name = path.rpartition("/")[2]
+    if name in ("q_norm", "k_norm", "router") or (s.split and name.endswith("norm")):
+        found += _all_reduce(count, s.tensor)
+    return found
 
 
 def _gathered(pairs: Any, rules: AxisRules) -> list[int]:
@@ -314,7 +387,8 @@ def _work(s: _Sizes, weights: int, gathered: Sequence[int], *, training: bool) -
     scores = (3 if training else 2) * s.rows * s.heads * s.tokens * keys
     logits = (3 if training else 2) * s.rows * s.tokens * c.vocab_size / s.rules.parts("vocab", s.mesh)
     layer = s.rows * s.tokens * token + scores
-    return round(s.width * ((s.layers if training else 1) * layer + logits)) + 2 * max(gathered, default=0)
+    whole = sum(gathered) if training else 2 * max(gathered, default=0)  # kept for the backward pass, or two at a time
+    return round(s.width * ((s.layers if training else 1) * layer + logits)) + whole
 
 
 def _cache(step: Any, rules: AxisRules, mesh: Any, job: Job) -> int:

@@ -45,6 +45,8 @@ STRATEGIES: Mapping[str, AxisRules] = {
     "expert": WHOLE.replace(batch="expert", experts="expert"),
     "context": WHOLE.replace(length="context", context="context"),
 }
+BETWEEN = ("batch", "length", None)  # the residual stream between blocks
+INSIDE = ("batch", "context", None)
 
 
 def product(*names: str) -> AxisRules:
@@ -146,14 +148,14 @@ class Sharded:
             output, block = self.step(params, inputs, positions, cache, block, at, mask, taps=taps)
         output = dataclasses.replace(
             output,
-            hidden=self.split(output.hidden, ("batch", "length", None)),
-            taps=tuple(self.split(tap, ("batch", "length", None)) for tap in output.taps),
+            hidden=self.split(output.hidden, BETWEEN),
+            taps=tuple(self.split(tap, BETWEEN) for tap in output.taps),
         )
         return output, None if training else block
 
     def head(self, params, hidden: jax.Array) -> jax.Array:
         """Logits f32[..., V], split over the vocabulary."""
-        logits = self.step.head(params, hidden)
+        logits = self.step.head(params, self.split(hidden, INSIDE) if hidden.ndim == 3 else hidden)
         axes = {2: ("batch", "vocab"), 3: ("batch", "context", "vocab")}.get(logits.ndim)
         return logits if axes is None else self.split(logits, axes)
 
@@ -198,19 +200,35 @@ class Sharded:
         whole = self.rules.replace(embed=None)
         return jax.tree.map(lambda x, axes: tables.constrain(x, self.mesh, whole.spec(axes)), table, named)
 
+    def _as_looked_up(self, x: jax.Array) -> jax.Array:
+        """Tokens' rows as an embedding that is split over its embed axis alone gives them: columns split, and rows of
+        the batch whole over those axes. The exchange after it, and backward before it, is then one all-to-all; left to
+        itself, XLA gathers the whole batch's gradient where other axes split rows too."""
+        embed, batch = (tables.names(self.rules[name]) for name in ("embed", "batch"))
+        if self._parts("embed") == 1 or self._parts("vocab") > 1:
+            return x
+        rows = tuple(axis for axis in batch if axis not in embed)
+        context = None if x.shape[1] % self._parts("context") else self.rules["context"]
+        return tables.constrain(x, self.mesh, PartitionSpec(rows or None, context, embed))
+
     def _intercept(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         """Around the decoder's own modules: tokens whole (or by context) inside a block, as `length` says between."""
         module = context.module
         if context.method_name == "_embed":
-            return run(self._whole_rows(args[0]), *args[1:], **kwargs)
+            return self._leave(self._as_looked_up(run(self._whole_rows(args[0]), *args[1:], **kwargs)))
         if context.method_name != "__call__" or not isinstance(module, Attention | Mlp | Experts):
             return run(*args, **kwargs)
         x, *rest = args
         # Where only rows are split too: left to XLA, tokens would be routed over all devices together.
         if isinstance(module, Experts) and any(self._parts(name) > 1 for name in ("experts", "mlp", "batch")):
-            return self.split(expert_parallel.apply(module, x, self.mesh, self.rules), ("batch", "length", None))
-        out = run(self.split(x, ("batch", "context", None)), *rest, **kwargs)
-        between = ("batch", "length", None)
+            return self._leave(expert_parallel.apply(module, self.split(x, INSIDE), self.mesh, self.rules))
+        out = run(self.split(x, INSIDE), *rest, **kwargs)
         if isinstance(module, Attention):
-            return self.split(out[0], between), *out[1:]
-        return self.split(out, between)
+            return self._leave(out[0]), *out[1:]
+        return self._leave(out)
+
+    def _leave(self, x: jax.Array) -> jax.Array:
+        """A block's output, whole and then split as between blocks: both, since a constraint holds for the gradient
+        too, and XLA would carry the split of the tokens into the block's backward pass, where it gathers weights and
+        exchanges scores for it. The sum that ends split is a reduce-scatter where the compiler makes them."""
+        return self.split(self.split(x, INSIDE), BETWEEN)

@@ -57,6 +57,16 @@ def test_loops_multiply_and_unknown_lengths_are_marked(mesh):
     assert loops and {one.times for one in loops} == {1}
 
 
+def test_branches_count_and_are_marked(mesh):
+    def f(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: jax.lax.psum(x, "tensor"), lambda x: x, jax.lax.psum(x, "data"))
+
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    found = collectives(jax.jit(mapped).lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile())
+    assert sorted((one.parts, one.conditional) for one in found) == [(2, False), (4, True)]
+    assert sent(found) == 32 + 2 * 32 * 3 / 4 and sent(found, conditional=False) == 32
+
+
 def test_asynchronous_text_and_what_is_no_program():
     text = """HloModule m, num_partitions=4
 ENTRY %main (p: bf16[2,8]) -> bf16[8,8] {
