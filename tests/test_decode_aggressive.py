@@ -64,6 +64,7 @@ def with_source(change, drafts=6):
     return greedy.result(drafts)
 
 
+@pytest.mark.slow
 def test_a_source_that_is_the_answer_takes_the_fewest_forwards():
     result = with_source(lambda row: row)
     assert toy.outputs(result) == edits().plain

@@ -88,6 +88,7 @@ def test_as_many_beams_as_sentences_find_what_scoring_each_alone_finds(max_token
     close(search(Cfic(beams=len(SENTENCES), max_tokens=max_tokens)), want)
 
 
+@pytest.mark.slow
 def test_few_beams_find_distinct_sentences_of_the_document():
     alone = {span.first: span for span in by_brute_force(SENTENCES, 1)}
     for beams in (1, 2, 3):

@@ -105,7 +105,9 @@ def test_the_output_begins_as_the_targets_twice():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("drafter", [TREE, CHAIN], ids=["tree", "chain"])
+@pytest.mark.parametrize(
+    "drafter", [pytest.param(TREE, id="tree", marks=pytest.mark.slow), pytest.param(CHAIN, id="chain")]
+)
 def test_greedy_output_is_plain_output(drafter):
     run = checks.Greedy(drafter, PARAMS, model=heads.STEP, params=heads.PARAMS)
     if drafter is TREE:

@@ -59,6 +59,7 @@ def test_entries_are_made_of_true_features():
     assert feature_error(FromTheRoot(HEAD, heads.STEP, depth=3, branches=3, nodes=8)) > 1e-2
 
 
+@pytest.mark.slow
 def test_drafting_is_what_training_unrolls():
     run = heads.Stepped(CHAIN, PARAMS, steps=0)
     [state] = run.states
@@ -77,7 +78,9 @@ def test_drafting_is_what_training_unrolls():
             assert got == drafts[row].tolist(), row
 
 
-@pytest.mark.parametrize("drafter", [TREE, CHAIN], ids=["tree", "chain"])
+@pytest.mark.parametrize(
+    "drafter", [pytest.param(TREE, id="tree", marks=pytest.mark.slow), pytest.param(CHAIN, id="chain")]
+)
 def test_greedy_output_is_plain_output(drafter):
     run = checks.Greedy(drafter, PARAMS, model=heads.STEP, params=heads.PARAMS)
     if drafter is TREE:

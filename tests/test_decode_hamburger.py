@@ -106,6 +106,7 @@ def naive(row, *, late=0, confidence=0.5, params=PARAMS):
     return answer[:ANSWER], found
 
 
+@pytest.mark.slow
 def test_output_is_that_of_a_program_without_a_cache_in_ragged_batches():
     result = generate()
     wanted = [naive(row) for row in range(4)]

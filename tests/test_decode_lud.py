@@ -127,6 +127,7 @@ def test_theta_zero_keeps_k_tokens_a_step():
     assert np.asarray(result.stats.forwards).tolist() == [1 + -(-(checks.ANSWER - 1) // 4)] * checks.BATCH
 
 
+@pytest.mark.slow
 def test_rows_stand_alone_and_no_pad_enters_a_cache():
     unit = checks.Greedy(LUD(k=4, theta=0.25, pad=PAD))
     unit.check_rows()

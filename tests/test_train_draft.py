@@ -176,6 +176,7 @@ def answers(tmp_path_factory):
     return folder, dataclasses.replace(found, rows=4)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_what_the_target_decodes_and_prompts_are_text(answers):
     _, found = answers
     own = target()
