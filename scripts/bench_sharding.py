@@ -1,6 +1,6 @@
 """Strategies and pipelines on eight virtual CPU devices, measured; and predictions for 8 H200 and a v5p-64.
 
-    python scripts/bench_sharding.py                       # about three minutes on two quiet cores
+    python scripts/bench_sharding.py                       # about four minutes on two quiet cores
     python scripts/bench_sharding.py --rounds 3 --parts predictions
 
 Three kinds of rows, told apart by `kind`:
@@ -9,14 +9,16 @@ Three kinds of rows, told apart by `kind`:
   (its collectives, by the ring algorithm), beside what the planner predicts (`planned_*`) for XLA's compiler for CPUs,
   which makes no reduce-scatters, and their `ratio`. Experts take as many rounds as the routing is uneven: `sent_kib` is
   of the one round of an even routing, `uneven_kib` and `planned_uneven_kib` of the most uneven. `planned_ideal_kib`: of
-  a compiler that scatters, as those for GPUs and TPUs. `ms`: the median of interleaved rounds. Eight devices here are
-  threads of the same few cores, so a time shows what a strategy costs on top of the same arithmetic, and never a
+  a compiler that scatters, as those for GPUs and TPUs. Most of a mixture's `temp_mib` is this compiler's own: it
+  multiplies every row by every expert and masks the rest. `ms`: the median of interleaved rounds. Eight devices here
+  are threads of the same few cores, so a time shows what a strategy costs on top of the same arithmetic, and never a
   speed-up.
 - `pipeline`: a training step under GPipe and 1F1B with its `bubble` counted by the program as it runs, `formula` beside
   it, the micro-batches that a stage holds, and temporary bytes.
 - `prediction`: PREDICTIONS, not measurements: data sheets and the roofline model (`sharding/planner.py`), nothing
-  overlapped. A model of the shape of Llama-3-70B in bfloat16, decoding and training, on 8 H200 and on a v5p-64 (which
-  is 32 chips): the fastest strategies that fit.
+  overlapped. A model of the shape of Llama-3-70B in bfloat16, decoding and training, on 8 H200 and on a v5p-64 (named
+  by its TensorCores, two a chip: 32 chips): the fastest strategies that fit; where none does (training without
+  rematerialisation), the fastest of all, with `fits` false.
 
 Writes scripts/results/bench_sharding-<device>.json and prints the tables. Expected: a `ratio` from 0.99 to 1.01 in
 every row that sends more than the loss (tests/test_sharding_planner.py holds it for a smaller model).
