@@ -206,7 +206,8 @@ class Bench:
         """`command` in so many processes of so many devices, joined where they are several."""
         self.folder.mkdir(exist_ok=True)
         port = _free_port()
-        environment = os.environ | {
+        # XLA_FLAGS are those of the tests that call this; here programs run as users start them.
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / f"compiled-{devices}"),
