@@ -14,7 +14,7 @@ A row a side: `anon_mb` and `file_mb`, the peaks; `above_zero_mb`, anonymous mem
 Speeds depend on whether it holds the model's file in its cache, which it does here where memory allows.
 
 Writes scripts/results/bench_streaming-<device>.json and prints a table. The aim: `streamed` within the budget and a
-fifth above `zero-layer`, with the same tokens. A model of 2 GB took 274 MB above it, the window being file pages, which
+fifth above `zero-layer`, with the same tokens. A model of 2 GB took 327 MB above it, the window being file pages, which
 `file_mb` shows. A forward more than tokens: a prompt's last token is a step of its own here, and not in transformers.
 """
 

@@ -1,26 +1,29 @@
 """Write the README's method table from the catalogue: python scripts/make_readme.py [--check]
 
-The table stands between the two `methods` markers; --check writes nothing, and fails if the table is out of date. Where
-scripts/results has what bench_decoding measured, methods that name a row of it (`Method.effect`) show its figure: batch
-1, greedy, on the 100M-parameter model where the row is there, else on tinycode.
+The table stands between the two `methods` markers; --check writes nothing, and fails if the table is out of date. The
+column "measured" has the figures of scripts/results that methods name (`Method.effect`, "benchmark:row"):
+- decoding: batch 1, greedy, on the 100M-parameter model where the row is there, else on tinycode;
+- sharding, pipeline: a training step of a small decoder on eight virtual devices;
+- streaming: a 2 GB model under a budget of 600 MB.
 """
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxinfer import catalogue
 from jaxinfer.measure import text_table
 
-RESULTS = Path(__file__).parent / "results" / "bench_decoding-cpu.json"
+RESULTS = Path(__file__).parent / "results"
 MODELS = {"wide": "100M", "tiny": "7M"}
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- methods: made by scripts/make_readme.py -->", "<!-- end of methods -->"
+Rows = Sequence[Mapping[str, Any]]
 
 
-def effect(key: str, rows: Iterable[Mapping[str, Any]]) -> str:
+def decoding(key: str, rows: Rows) -> str:
     """The figure of "task:method", with its setting; empty where it was not measured."""
     task, _, method = key.partition(":")
     found = {
@@ -34,20 +37,62 @@ def effect(key: str, rows: Iterable[Mapping[str, Any]]) -> str:
     return ""
 
 
-def with_table(text: str, results: Path = RESULTS) -> str:
+def sharding(mesh: str, rows: Rows) -> str:
+    """What a device sends and needs besides its weights in a training step over `mesh`."""
+    steps = {(r["model"], r["mesh"]): r for r in rows if r["kind"] == "step" and r["step"] == "train"}
+    for model in ("dense", "mixture"):
+        if row := steps.get((model, mesh)):
+            alone = steps[model, "one device"]["temp_mib"]
+            sent = f"{row['sent_kib'] / 1024:.1f} MiB sent a training step ({row['ratio']:.2f} of the plan)"
+            return f"{sent}, work space {row['temp_mib'] / alone:.2f} of one device's ({mesh.split(':')[-1]})"
+    return ""
+
+
+def pipeline(schedule: str, rows: Rows) -> str:
+    """The bubble of a schedule, counted, and the inputs that a stage holds."""
+    found = [r for r in rows if r["kind"] == "pipeline" and r["schedule"] == schedule]
+    if not found:
+        return ""
+    row = max(found, key=lambda r: r["microbatches"])
+    return f"bubble {row['bubble']:.2f}, {row['held']} inputs held ({row['mesh']}, {row['microbatches']} micro-batches)"
+
+
+def streaming(side: str, rows: Rows) -> str:
+    """Memory above that of a model without layers, and speed."""
+    sides = {r["side"]: r for r in rows}
+    if side not in sides or "accelerate" not in sides:
+        return ""
+    speed, other = sides[side]["tokens_per_s"], sides["accelerate"]["tokens_per_s"]
+    return f"2 GB in {sides[side]['above_zero_mb']:.0f} MB, {speed:.2f} tokens/s (accelerate {other:.2f})"
+
+
+# Benchmark of a key, and the file that has its rows.
+EFFECTS: Mapping[str, tuple[str, Callable[[str, Rows], str]]] = {
+    "decoding": ("bench_decoding-cpu.json", decoding),
+    "sharding": ("bench_sharding-cpu.json", sharding),
+    "pipeline": ("bench_sharding-cpu.json", pipeline),
+    "streaming": ("bench_streaming-cpu.json", streaming),
+}
+
+
+def effect(key: str, results: Path = RESULTS) -> str:
+    """The figure of "benchmark:row"; empty where it was not measured."""
+    bench, _, row = key.partition(":")
+    name, reader = EFFECTS[bench]
+    return reader(row, json.loads((results / name).read_text())["rows"]) if (results / name).exists() else ""
+
+
+def with_table(text: str) -> str:
     """The README's text with the catalogue of today between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise SystemExit(f"README.md needs one line {BEGIN!r} and after it one line {END!r}")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     columns: list[str] = list(catalogue.COLUMNS)
     rows: list[dict[str, str]] = [dict(zip(columns, row, strict=True)) for row in catalogue.table()]
-    if results.exists():
-        measured = json.loads(results.read_text())["rows"]
-        columns.append("measured")
-        for row in rows:
-            key = catalogue.by_name(row["method"]).effect
-            row["measured"] = effect(key, measured) if key else ""
-    return f"{head}{BEGIN}\n{text_table(rows, columns, markdown=True)}\n{END}{tail}"
+    for row in rows:
+        key = catalogue.by_name(row["method"]).effect
+        row["measured"] = effect(key) if key else ""
+    return f"{head}{BEGIN}\n{text_table(rows, [*columns, 'measured'], markdown=True)}\n{END}{tail}"
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ default is 2 blocks; nothing is kept resident when the disk is slow, since a cyc
 The window's blocks are pages of the files' maps where a tensor lies in one piece, so the system may take them back and
 read them again when memory is short; its cache of other file pages is not counted. A file that is cut while a block of
 it is in use ends the process; one that was cut before is an error.
-Measured by `scripts/bench_streaming.py`: 32 layers of 61 MB under 600 MB took 274 MB of the process's own memory above
+Measured by `scripts/bench_streaming.py`: 32 layers of 61 MB under 600 MB took 327 MB of the process's own memory above
 a model without layers. Known limit: no product runs while a layer is copied from the window into the program.
 
 Stability: experimental.

@@ -100,7 +100,7 @@ def test_the_wide_model_runs_a_part(bench):
 def test_the_readme_shows_what_was_measured():
     import runpy
 
-    effect = runpy.run_path(str(ROOT / "scripts/make_readme.py"))["effect"]
+    effect = runpy.run_path(str(ROOT / "scripts/make_readme.py"))["decoding"]
     row = {"task": "edit", "method": "copyspec", "batch": 1, "temperature": 0.0, "tokens_per_forward": 5.25}
     rows = [row | {"model": "tiny", "speedup": 1.5}, row | {"model": "wide", "speedup": 3.456, "batch": 8}]
     assert effect("edit:copyspec", rows) == "1.50x, 5.25 tokens a forward (edit, 7M)"

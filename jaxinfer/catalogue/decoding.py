@@ -24,7 +24,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.draft_model:DraftModel",
         paper=_SPECULATIVE,
         cli="--drafter draft",
-        effect="free:draft",
+        effect="decoding:free:draft",
     ),
     Method(
         name="prompt-lookup",
@@ -34,7 +34,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.prompt_lookup:PromptLookup",
         paper=Paper("Saxena", 2023),
         cli="--drafter prompt-lookup",
-        effect="edit:prompt-lookup",
+        effect="decoding:edit:prompt-lookup",
     ),
     Method(
         name="copyspec",
@@ -44,7 +44,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.copyspec:CopySpec",
         paper=Paper("Dumitru et al.", 2025, "2502.08923"),
         cli="--drafter copyspec",
-        effect="edit:copyspec",
+        effect="decoding:edit:copyspec",
     ),
     Method(
         name="bild",
@@ -54,7 +54,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.bild:Bild",
         paper=Paper("Kim et al.", 2023, "2302.07863"),
         cli="--drafter bild",
-        effect="free:bild",
+        effect="decoding:free:bild",
     ),
     Method(
         name="pearl",
@@ -64,7 +64,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.pearl:Pearl",
         paper=Paper("Liu et al.", 2024, "2408.11850"),
         cli="--drafter pearl",
-        effect="free:pearl",
+        effect="decoding:free:pearl",
     ),
     Method(
         name="triforce",
@@ -74,7 +74,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.triforce:TriForce",
         paper=Paper("Sun et al.", 2024, "2404.11912"),
         cli="--drafter triforce",
-        effect="free:triforce",
+        effect="decoding:free:triforce",
     ),
     Method(
         name="token-recycling",
@@ -84,7 +84,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.token_recycling:TokenRecycling",
         paper=Paper("Luo et al.", 2024, "2408.08696"),
         cli="--drafter token-recycling",
-        effect="free:token-recycling",
+        effect="decoding:free:token-recycling",
     ),
     Method(
         name="aded",
@@ -94,7 +94,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.aded:ADED",
         paper=Paper("Liu, Lei, Zhang, Xu", 2024, "2407.12021"),
         cli="--drafter aded",
-        effect="free:aded",
+        effect="decoding:free:aded",
     ),
     Method(
         name="aggressive",
@@ -104,7 +104,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.aggressive:Aggressive",
         paper=Paper("Sun et al.", 2021, "2106.04970"),
         cli="--drafter aggressive",
-        effect="edit:aggressive",
+        effect="decoding:edit:aggressive",
     ),
     Method(
         name="gad",
@@ -123,7 +123,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.jacobi:Jacobi",
         paper=Paper("Teng et al.", 2024, "2410.01699"),
         cli="--drafter jacobi",
-        effect="free:jacobi",
+        effect="decoding:free:jacobi",
     ),
     Method(
         name="medusa",
@@ -133,7 +133,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.medusa:Medusa",
         paper=Paper("Cai et al.", 2024, "2401.10774"),
         cli="--drafter medusa",
-        effect="free:medusa",
+        effect="decoding:free:medusa",
     ),
     Method(
         name="eagle",
@@ -143,7 +143,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.eagle:Eagle",
         paper=Paper("Li et al.", 2024, "2401.15077"),
         cli="--drafter eagle",
-        effect="free:eagle",
+        effect="decoding:free:eagle",
     ),
     Method(
         name="chimera",
@@ -153,7 +153,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.chimera:Chimera",
         paper=Paper("Zeng et al.", 2024, "2402.15758"),
         cli="--drafter chimera",
-        effect="free:chimera",
+        effect="decoding:free:chimera",
     ),
     Method(
         name="ppd",
@@ -163,7 +163,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.ppd:PPD",
         paper=Paper("Chen et al.", 2024, "2405.18628"),
         cli="--drafter ppd",
-        effect="free:ppd",
+        effect="decoding:free:ppd",
     ),
     Method(
         name="copyspec-draft",
@@ -173,7 +173,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.copy_draft:CopyDraft",
         paper=Paper("Dumitru et al.", 2025, "2502.08923"),
         cli="--drafter copyspec-draft",
-        effect="edit:copyspec-draft",
+        effect="decoding:edit:copyspec-draft",
     ),
     Method(
         name="lud",
@@ -183,7 +183,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.lud:LUD",
         paper=Paper("Sun et al.", 2024, "2405.15208"),
         cli="--drafter lud",
-        effect="free:lud",
+        effect="decoding:free:lud",
     ),
     Method(
         name="chooser",
@@ -193,7 +193,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.chooser:Chooser",
         paper=_SPECULATIVE,
         cli="--drafter auto",
-        effect="free:auto",
+        effect="decoding:free:auto",
     ),
     # What decides which proposals stay.
     Method(
@@ -271,7 +271,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.decode.grammar:Grammar",
         paper=Paper("Willard, Louf", 2023, "2307.09702"),
         cli="--json-schema, --regex, --grammar",
-        effect="json:plain",
+        effect="decoding:json:plain",
     ),
     Method(
         name="cfic",

@@ -26,8 +26,9 @@ class Paper:
 class Method:
     """One method. `paper` is None for what is common knowledge.
 
-    `entry` is "module:attribute"; `cli` what a batch user types, if anything; `effect` the row of bench_decoding that
-    shows what it brings, as task:method; the README's table has its figure.
+    `entry` is "module:attribute"; `cli` what a batch user types, if anything; `effect` the row of a benchmark
+    that shows what it brings ("decoding:task:method", "sharding:mesh", ...: `scripts/make_readme.py` knows which); the
+    README's table has its figure.
     """
 
     name: str

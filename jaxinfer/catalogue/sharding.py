@@ -14,6 +14,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.sharding.strategies:sharded",
         paper=Paper("Rajbhandari et al.", 2020, "1910.02054"),
         cli="--mesh fsdp=8",
+        effect="sharding:fsdp=8",
     ),
     Method(
         name="tensor-parallel",
@@ -23,6 +24,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.sharding.strategies:strategy_for",
         paper=Paper("Shoeybi et al.", 2019, "1909.08053"),
         cli="--mesh tensor=4",
+        effect="sharding:data=2,tensor=4",
     ),
     Method(
         name="sequence-parallel",
@@ -31,6 +33,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact",
         entry="jaxinfer.sharding.strategies:product",
         paper=Paper("Korthikanti et al.", 2022, "2205.05198"),
+        effect="sharding:sequence:data=2,tensor=4",
     ),
     Method(
         name="expert-parallel",
@@ -40,6 +43,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.sharding.experts:apply",
         paper=Paper("Lepikhin et al.", 2020, "2006.16668"),
         cli="--mesh expert=8",
+        effect="sharding:expert=8",
     ),
     Method(
         name="ring-attention",
@@ -49,6 +53,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.sharding.ring_attention:ring_attention",
         paper=Paper("Liu et al.", 2023, "2310.01889"),
         cli="--mesh context=8",
+        effect="sharding:data=2,context=4",
     ),
     Method(
         name="layer-stream",
@@ -58,6 +63,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.sharding.layer_stream:LayerFiles",
         paper=Paper("Li et al.", 2025, "2410.00531"),
         cli="--weights streamed:budget=600MB",
+        effect="streaming:streamed",
     ),
     Method(
         name="host-weights",
@@ -82,6 +88,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact",
         entry="jaxinfer.sharding.pipeline_train:PipelineLoss",
         paper=Paper("Huang et al.", 2018, "1811.06965"),
+        effect="pipeline:gpipe",
     ),
     Method(
         name="1f1b",
@@ -90,6 +97,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact",
         entry="jaxinfer.sharding.pipeline_train:PipelineLoss",
         paper=Paper("Harlap et al.", 2018, "1806.03377"),
+        effect="pipeline:1f1b",
     ),
     Method(
         name="sarathi",

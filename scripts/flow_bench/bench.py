@@ -52,9 +52,12 @@ class Settings:
         return {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "num_heads": self.num_heads}
 
 
-QUICK = Settings("digits", steps=500, tune_steps=150, autoencoder_steps=0, classifier_steps=600, samples=360, seeds=1)
+QUICK = Settings(
+    "digits", steps=300, tune_steps=100, autoencoder_steps=0, classifier_steps=600, samples=360, seeds=1,
+    hidden_size=64, num_layers=3,
+)  # fmt: skip
 FULL = Settings(
-    "glyphs", steps=3000, tune_steps=1200, autoencoder_steps=1500, classifier_steps=1500, samples=1080, seeds=3
+    "glyphs", steps=1800, tune_steps=700, autoencoder_steps=1000, classifier_steps=1000, samples=1080, seeds=3
 )
 LARGE = dataclasses.replace(FULL, steps=6000, tune_steps=3000, samples=2160, batch=256, hidden_size=256, num_layers=8)
 
