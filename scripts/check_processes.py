@@ -6,7 +6,7 @@
 On a random model of two layers. Training (fully sharded over eight virtual CPU devices) and a batch job (the real
 command line, `jaxinfer generate --mesh data=2,tensor=4`) run once in one process of eight devices and once in two of
 four, over gloo: losses within 1e-6 and the same answers. Each process reads only the bytes of its own shards. Then one
-of the two processes, drawn at random, is killed with SIGKILL at a random moment: the other must end with code 75 and
+of the two processes, in turns, is killed with SIGKILL after a random step or shard: the other must end with code 75 and
 name the dead one, and the same command given again must end in the same bits. SIGTERM at either process makes both save
 at one step. A checkpoint is restored onto another mesh, with equal arrays. Of two groups of two processes on one batch
 job one loses a process; the other group finishes the job.
@@ -316,9 +316,9 @@ def check_equal_training(bench: Bench, model: Path, *, steps: int = STEPS) -> di
 def check_killed_training(bench: Bench, model: Path, digest: str, rng: random.Random, number: int) -> dict[str, Any]:
     """A run of two processes, one of which is killed at a random moment; given again it ends in the same bits."""
     folder = bench.folder / f"killed-{number}"
-    victim, wait = rng.randrange(2), rng.uniform(0, STEPS * PAUSE)
+    victim, step, wait = number % 2, rng.randrange(1, STEPS), rng.uniform(0, 2 * PAUSE)
     group = bench.start(train_command(model, folder), processes=2, devices=4)
-    took = killed(group, victim, lambda: bool(_steps(folder)), wait)
+    took = killed(group, victim, lambda: len(_steps(folder)) >= step, wait)
     at = len(_steps(folder))
     bench.run(train_command(model, folder), processes=2, devices=4)
     if result(folder)["digest"] != digest:
@@ -370,12 +370,16 @@ def _parts(output: Path) -> int:
     return len(list(Path(f"{output}.job").glob("work-*/parts/*")))
 
 
-def check_killed_batch(bench: Bench, model: Path, rows: Path, rng: random.Random, number: int, work: float) -> dict:
+def check_killed_batch(bench: Bench, model: Path, rows: Path, rng: random.Random, number: int) -> dict[str, Any]:
     """A job of two processes, one of which is killed at a random moment; given again it ends in the same bytes."""
     output, expected = bench.folder / f"killed-{number}.jsonl", (bench.folder / "two.jsonl").read_bytes()
-    victim, command = rng.randrange(2), batch_command(model, rows, output)
+    from jaxinfer.batch.manifest import SHARD_ROWS
+
+    victim, command = (number + 1) % 2, batch_command(model, rows, output)
+    shards = -(-len(rows.read_text().splitlines()) // SHARD_ROWS)
+    shard = rng.randrange(shards)
     group = bench.start(command, processes=2, devices=4)
-    took = killed(group, victim, lambda: _leased(output), rng.uniform(0, work))
+    took = killed(group, victim, lambda: _leased(output) and _parts(output) >= shard, rng.uniform(0, 2))
     at = _parts(output)
     bench.run(command, processes=2, devices=4)
     if output.read_bytes() != expected:
@@ -446,10 +450,9 @@ def checks(bench: Bench, folder: Path, options: argparse.Namespace):
         for victim in range(2):
             yield check_preempted_training(bench, model, whole["digest"], victim)
     if options.only != "train":
-        equal = check_equal_batch(bench, model, rows)
-        yield equal
+        yield check_equal_batch(bench, model, rows)
         for number in range(options.kills):
-            yield check_killed_batch(bench, model, rows, rng, number, 0.3 * equal["seconds"][1])
+            yield check_killed_batch(bench, model, rows, rng, number)
         for victim in range(2):
             yield check_batch_goes_on(bench, model, rows, victim)
 

@@ -4,9 +4,9 @@ Bytes of weights and caches are exact: the layout that `strategies` gives them. 
 collective by collective, by the ring algorithm; `collectives.py` reads the same off the compiled program: within 1 %
 for each strategy alone and for products of two without fsdp. In products with fsdp XLA gathers some weights twice (it
 does not see that two spellings of a group name the same devices) or leaves them split: those compared send from 5 %
-less (17 where the vocabulary is odd) to 9 % more. Work space is an estimate from the sizes of the largest arrays, without rematerialisation. The time is
-the roofline's (`measure.roof`): the larger of arithmetic and memory traffic, and what is sent after it, as if nothing
-overlapped: a prediction to rank strategies by. Machinery.
+less (17 where the vocabulary is odd) to 9 % more. Work space is an estimate from the sizes of the largest arrays,
+without rematerialisation. The time is the roofline's (`measure.roof`): the larger of arithmetic and memory traffic, and
+what is sent after it, as if nothing overlapped: a prediction to rank strategies by. Machinery.
 
 Stability: experimental.
 """
