@@ -1,6 +1,6 @@
 """Latent flow matching and the methods that make it fast, trained and measured side by side on data that ships here.
 
-    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: about five minutes on two cores
+    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: some minutes on two cores
     python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: about 90 minutes in all on two cores
     python scripts/bench_flow.py --methods "flow matching,meanflow" --no-peers
 
@@ -40,7 +40,6 @@ ENTRIES: list[Entry] = [
     *streams.ENTRIES,
 ]
 SCORES = ("frechet_distance", "precision", "recall", "accuracy", "variance_ratio")
-TIMED_ROWS = 64
 
 
 def measure(bench: Bench, entry: Entry, seed: int, flops: float) -> list[dict[str, Any]]:
@@ -48,13 +47,12 @@ def measure(bench: Bench, entry: Entry, seed: int, flops: float) -> list[dict[st
     rows = []
     samplers = entry.samplers(bench, seed)
     x, labels = bench.inputs(seed=seed)
-    few = x[:TIMED_ROWS], labels[:TIMED_ROWS]
-    runs = {str(i): functools.partial(sampler.run, *few) for i, sampler in enumerate(samplers)}
-    times = timing.interleaved(runs, rounds=3, warmup=1)
+    runs = {str(i): functools.partial(sampler.run, x, labels) for i, sampler in enumerate(samplers)}
+    times = timing.interleaved(runs, rounds=1 if seed else 3, warmup=1)
     for i, sampler in enumerate(samplers):
         images = bench.images(sampler.run(x, labels))
         row = {"method": entry.name, "seed": seed, **_about(sampler, flops), **bench.score(images, labels)}
-        row["ms_per_sample"] = 1e3 * times[str(i)].median / TIMED_ROWS
+        row["ms_per_sample"] = 1e3 * times[str(i)].median / len(labels)
         rows.append(row)
         np.save(
             bench.folder / "rows" / f"{_word(entry.name)}-{seed}-{_word(sampler.label)}-{sampler.steps}.npy",
@@ -137,6 +135,10 @@ def main() -> None:
         if name not in known:
             parser.error(f"method {name!r} is none of {', '.join(known)}")
     bench = Bench(settings, args.folder or Path("runs") / f"bench_flow-{size}")
+    # Seeds may be added later; all else makes other weights.
+    made = kept(bench.folder / "settings.json", lambda: dataclasses.asdict(settings)) | {"seeds": settings.seeds}
+    if made != dataclasses.asdict(settings):
+        parser.error(f"{bench.folder} was made with other settings ({made}); remove it, or give another --folder")
     started = time.perf_counter()
     bench.prepare()
     note(f"metric and autoencoder ready after {time.perf_counter() - started:.0f} s")

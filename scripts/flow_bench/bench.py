@@ -54,7 +54,7 @@ class Settings:
 
 QUICK = Settings(
     "digits", steps=300, tune_steps=100, autoencoder_steps=0, classifier_steps=600, samples=360, seeds=1,
-    hidden_size=64, num_layers=3,
+    batch=64, hidden_size=64, num_layers=3,
 )  # fmt: skip
 FULL = Settings(
     "glyphs", steps=1800, tune_steps=700, autoencoder_steps=1000, classifier_steps=1000, samples=1080, seeds=3
