@@ -3,8 +3,9 @@
 Peebles and Xie 2022 (arXiv:2212.09748), adaLN-zero: each block's shift, scale and gate come from the condition and are
 zero at first, so that a new model is the identity. Departures: a second time, the interval s - t to which a mean
 velocity belongs (Geng et al. 2025, arXiv:2505.13447); the condition of a block may differ from token to token, as
-blockwise models need (arXiv:2510.21167); token conditions join the sequence, since they are few here; angular
-frequencies of time end at 10, since the derivative in time that MeanFlow trains on grows with them. The parts
+blockwise models need (arXiv:2510.21167); token conditions join the sequence, since they are few here; classes
+begin with variance 1, not 0.0004; angular frequencies of time end at 10, since the derivative in time that MeanFlow
+trains on grows with them. The parts
 (`Patches`, `Conditioner`, `Block`, `Final`) may be put together in other ways. Attention is plain XLA, which has the
 forward derivatives that MeanFlow takes.
 
@@ -126,7 +127,9 @@ class Conditioner(Declared):
             raise InputError(f"labels: got {got}, the model has {c.classes} classes")
         vector = self._time("time", t) + self._time("interval", s - t)
         if labels is not None:
-            table = self.weight("labels", (c.classes + 1, c.hidden_size), ("classes", "embed"))
+            # As strong as the time from the start: at DiT's 0.02 short runs do not learn what a class looks like.
+            init = nn.initializers.normal(1.0)
+            table = self.weight("labels", (c.classes + 1, c.hidden_size), ("classes", "embed"), init)
             rows = ops.take(table, jnp.where(labels < 0, c.classes, labels))
             vector = vector + rows.astype(vector.dtype)
         return vector

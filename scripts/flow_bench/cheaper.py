@@ -2,7 +2,7 @@
 
 Blockwise: four segments, a feature network of the flow's depth less one and velocity blocks of one layer; its features
 are aligned to an encoder trained on the labels of the training data, which is not the metric's. CacheQuant: the trained
-flow, whose middle layers are run at some of the steps only, in int8, on lines fitted to 64 samples.
+flow, all of whose layers but the last are run at some of the steps only, in int8, on lines fitted to 64 samples.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def blocks(bench: Bench, seed: int) -> list[Sampler]:
 
 
 def cached(bench: Bench, seed: int) -> list[Sampler]:
-    """16 steps of Euler, the middle layers at all of them, at evenly spaced ones, and at the best ones with lines."""
+    """16 steps of Euler; all layers but the last at each, at evenly spaced ones, and at the best ones with lines."""
     params, config, n = bench.flow(seed), bench.network.config, 16
-    split = SplitNetwork(config, 1, max(2, config.num_layers - 1))
+    split = SplitNetwork(config, 0, max(1, config.num_layers - 1))
     x, labels = bench.inputs(64, seed=900)
     cond = Condition(labels=jnp.asarray(labels))
     ts = uniform(n)

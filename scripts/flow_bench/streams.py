@@ -35,23 +35,16 @@ def stream(bench: Bench, seed: int) -> list[Sampler]:
         return (x + bcast(grid[k + 1] - t, x) * v, labels), resident
 
     pipe = Pipeline(stage, steps)
-    tick = jax.jit(pipe.tick, donate_argnums=1)
-    one = jax.jit(lambda p, frame: sequential(pipe, p, jax.tree.map(lambda x: x[None], frame))[0])
 
-    def batched(x: jax.Array, labels: Any) -> jax.Array:
-        labels = np.asarray(labels)
-        state, out = pipe.init((x[0], labels[0])), []
-        for i in range(len(x) + steps - 1):
-            j = min(i, len(x) - 1)
-            state, found = tick(params, state, (x[j], labels[j]), i < len(x))
-            out.append(found.frame[0])
-        return jnp.stack(out[steps - 1 :])
+    def frames(x: jax.Array, labels: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.asarray(x), jnp.asarray(labels)
 
-    def alone(x: jax.Array, labels: Any) -> jax.Array:
-        labels = np.asarray(labels)
-        return jnp.concatenate([one(params, (x[i], labels[i]))[0] for i in range(len(x))])
-
-    return [Sampler("frame after frame", steps, steps, alone), Sampler("stream batch", steps, steps, batched)]
+    batched = jax.jit(lambda p, row: pipe.run(p, pipe.init(jax.tree.map(lambda x: x[0], row)), row)[1][0])
+    alone = jax.jit(lambda p, row: sequential(pipe, p, row)[0][0])
+    return [
+        Sampler("frame after frame", steps, steps, lambda x, labels: alone(params, frames(x, labels))),
+        Sampler("stream batch", steps, steps, lambda x, labels: batched(params, frames(x, labels))),
+    ]
 
 
 def guidance(bench: Bench, seed: int) -> list[Sampler]:
