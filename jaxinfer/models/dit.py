@@ -3,11 +3,10 @@
 Peebles and Xie 2022 (arXiv:2212.09748), adaLN-zero: each block's shift, scale and gate come from the condition and are
 zero at first, so that a new model is the identity. Departures: a second time, the interval s - t to which a mean
 velocity belongs (Geng et al. 2025, arXiv:2505.13447); the condition of a block may differ from token to token, as
-blockwise models need (arXiv:2510.21167); token conditions join the sequence, since they are few here; classes
-begin with variance 1, not 0.0004; angular frequencies of time end at 10, since the derivative in time that MeanFlow
-trains on grows with them. The parts
-(`Patches`, `Conditioner`, `Block`, `Final`) may be put together in other ways. Attention is plain XLA, which has the
-forward derivatives that MeanFlow takes.
+blockwise models need (arXiv:2510.21167); token conditions join the sequence, since they are few here; classes begin
+with variance 1, not 0.0004; angular frequencies of time end at 10, since the derivative in time that MeanFlow trains on
+grows with them. The parts (`Patches`, `Conditioner`, `Block`, `Final`) may be put together in other ways. Attention is
+plain XLA, which has the forward derivatives that MeanFlow takes.
 
 Stability: experimental.
 """
