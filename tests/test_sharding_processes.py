@@ -162,10 +162,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
-    """The training run in this one process of eight devices: its folder and what it came to."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    check._train(check.argparse.Namespace(model=model, train=folder, mesh=None, steps=check.STEPS, pause=0))
+def alone(bench, model):
+    """The training run in one process of eight devices, compiled as the two are: its folder and what it came to."""
+    folder = bench.folder / "alone"
+    bench.run(check.train_command(model, folder), processes=1, devices=8)
     return folder, check.result(folder)
 
 
