@@ -1,6 +1,6 @@
 """Strategies and pipelines on eight virtual CPU devices, measured; and predictions for 8 H200 and a v5p-64.
 
-    python scripts/bench_sharding.py                       # about four minutes on two quiet cores
+    python scripts/bench_sharding.py                       # about three minutes on two quiet cores
     python scripts/bench_sharding.py --rounds 3 --parts predictions
 
 Three kinds of rows, told apart by `kind`:
