@@ -29,6 +29,7 @@ import numpy as np
 from flow_bench import base, cheaper, claims, couplings, few_steps, peer, streams
 from flow_bench.bench import FULL, LARGE, QUICK, Bench, Entry, Sampler
 
+from jaxinfer import host_memory
 from jaxinfer.cli.output import note, print_table
 from jaxinfer.measure import results, timing
 
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--folder", type=Path, help="of weights and rows; default runs/bench_flow-<set>")
     args = parser.parse_args()
+    host_memory.keep_freed()  # for ours and for PyTorch
     size = "quick" if args.quick else "full" if jax.default_backend() == "cpu" else "large"
     settings = {"quick": QUICK, "full": FULL, "large": LARGE}[size]
     settings = dataclasses.replace(settings, seeds=args.seeds or settings.seeds)

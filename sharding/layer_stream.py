@@ -31,7 +31,6 @@ Stability: experimental.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import os
@@ -46,7 +45,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer import quant
+from jaxinfer import host_memory, quant
 from jaxinfer.cache.base import new_blocks
 from jaxinfer.checkpoint import hub
 from jaxinfer.checkpoint.chat import ChatTemplate
@@ -232,7 +231,7 @@ class LayerFiles:
         del ready
         if self._compiled:
             self._compiled = False
-            trim()
+            host_memory.give_back()
         place = int(position)
         _, arrays = self.streamer.take(int(index), self._positions.index(place))
         return arrays[place]
@@ -258,14 +257,6 @@ class LayerFiles:
 
         blocks = [block(i) for i in range(len(self._layers))]
         return Streamer(blocks, budget=budget - inside, threads=threads, wrap=True, takers=len(self._positions))
-
-
-def trim() -> None:
-    """Gives free memory back to the system: compiling leaves some hundred megabytes of it. Glibc alone offers that."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return
 
 
 def load(

@@ -23,7 +23,7 @@ PACKAGE_DIRS = {
 }
 # A module imports from its own floor or from floors below it. jaxinfer/cli is on top: there everything meets.
 FLOORS = [
-    {"errors", "catalogue"},
+    {"errors", "catalogue", "host_memory"},
     {"pallas_kernels"},
     {"measure"},
     {"ops"},
@@ -35,7 +35,13 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 # Floors that must be useful on their own: all that their files may import from elsewhere. numpy comes with jax.
-ONLY = {"pallas_kernels": {"jax", "jaxlib", "numpy"}, "measure": {"jax", "numpy"}, "errors": set(), "catalogue": set()}
+ONLY = {
+    "pallas_kernels": {"jax", "jaxlib", "numpy"},
+    "measure": {"jax", "numpy"},
+    "errors": set(),
+    "catalogue": set(),
+    "host_memory": set(),
+}
 # Folders in which a file is a method, unless its stability is `internal` or it is machinery that users touch.
 METHOD_FOLDERS = ("cache", "quant", "decode", "diffusion", "flow")
 MACHINERY = {

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import decode, quant
+from jaxinfer import decode, host_memory, quant
 from jaxinfer.cache.retrieval import Asking
 from jaxinfer.cli import compiled, main
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.models import ModelConfig, Step
 from jaxinfer.models.hf import load_directory, save_directory
-from jaxinfer.sharding import host_weights, layer_stream
+from jaxinfer.sharding import host_weights
 from jaxinfer.sharding.layer_reader import Reader
 from jaxinfer.sharding.layer_stream import LayerFiles
 from jaxinfer.sharding.rules import TENSOR
@@ -257,7 +257,7 @@ def test_memory_that_compiling_left_is_given_back():
     pieces = [np.ones(20_000, np.uint8) for _ in range(2_000)]
     del pieces[:-1]
     before = resident()
-    layer_stream.trim()
+    host_memory.give_back()
     assert before - resident() > 20e6
     assert pieces[0].all()
 

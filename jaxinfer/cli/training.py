@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxinfer import host_memory
 from jaxinfer.cli import codes
 from jaxinfer.errors import JaxinferError
 
@@ -81,6 +82,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run_it(**values: Any) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we tell in one line
+        host_memory.keep_freed()
         try:
             command(**values)
         except KeyboardInterrupt:

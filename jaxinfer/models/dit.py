@@ -176,8 +176,10 @@ class Block(Declared):
 
     def _attend(self, x: jax.Array) -> jax.Array:
         d, heads = self.config.hidden_size, self.config.num_heads
-        qkv = self.affine("qkv", x, 3 * d, ("embed", "heads")).reshape(*x.shape[:2], 3, heads, d // heads)
-        out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        # Split before the heads are: the split's transpose is a concatenation, an index's a padded sum.
+        q, k, v = jnp.split(self.affine("qkv", x, 3 * d, ("embed", "heads")), 3, -1)
+        heads = (*x.shape[:2], heads, d // heads)
+        out = jax.nn.dot_product_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
         return self.affine("o", out.reshape(x.shape), d, ("heads", "embed"))
 
 
