@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flow_bench import base, cheaper, claims, couplings, few_steps, peer, streams
+from flow_bench import base, cheaper, claims, couplings, edits, few_steps, peer, streams
 from flow_bench.bench import FULL, LARGE, QUICK, Bench, Entry, Sampler
 
 from jaxinfer import host_memory
@@ -39,6 +39,7 @@ ENTRIES: list[Entry] = [
     *few_steps.ENTRIES,
     *cheaper.ENTRIES,
     *streams.ENTRIES,
+    *edits.ENTRIES,
 ]
 SCORES = ("frechet_distance", "precision", "recall", "accuracy", "variance_ratio")
 
@@ -53,6 +54,7 @@ def measure(bench: Bench, entry: Entry, seed: int, flops: float) -> list[dict[st
     for i, sampler in enumerate(samplers):
         images = bench.images(sampler.run(x, labels))
         row = {"method": entry.name, "seed": seed, **_about(sampler, flops), **bench.score(images, labels)}
+        row |= sampler.more(images, labels) if sampler.more else {}
         row["ms_per_sample"] = 1e3 * times[str(i)].median / len(labels)
         rows.append(row)
         np.save(
@@ -90,7 +92,8 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for group in groups.values():
         first = {k: group[0][k] for k in ("method", "sampler", "steps", "evaluations", "mflops")}
-        values = {k: statistics.fmean(row[k] for row in group) for k in (*SCORES, "ms_per_sample")}
+        names = [k for k in (*SCORES, "ms_per_sample", "change") if k in group[0]]
+        values = {k: statistics.fmean(row[k] for row in group) for k in names}
         distances = [row["frechet_distance"] for row in group]
         deviation = statistics.stdev(distances) if len(group) > 1 else None
         table.append({**first, **values, "deviation": deviation, "seeds": len(group)})

@@ -4,10 +4,12 @@ The table stands between the two `methods` markers; --check writes nothing, and 
 column "measured" has the figures of scripts/results that methods name (`Method.effect`, "benchmark:row"):
 - decoding: batch 1, greedy, on the 100M-parameter model where the row is there, else on tinycode;
 - sharding, pipeline: a training step of a small decoder on eight virtual devices;
-- streaming: a 2 GB model under a budget of 600 MB.
+- streaming: a 2 GB model under a budget of 600 MB;
+- flow: Fréchet distance to held-out glyphs (training images have it too: the floor), means over seeds.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,12 +68,34 @@ def streaming(side: str, rows: Rows) -> str:
     return f"2 GB in {sides[side]['above_zero_mb']:.0f} MB, {speed:.2f} tokens/s (accelerate {other:.2f})"
 
 
+def flow(key: str, rows: Rows) -> str:
+    """Quality and cost of "method|sampler|steps", and after " / " of what it is to be compared with."""
+    found = []
+    for name in key.split(" / "):
+        method, sampler, steps = name.split("|")
+        seeds = [
+            r for r in rows if (r.get("method"), r.get("sampler"), r.get("steps")) == (method, sampler, int(steps))
+        ]
+        if not seeds:
+            return ""
+        mean = {k: statistics.fmean(r[k] for r in seeds) for k in ("frechet_distance", "ms_per_sample")}
+        figures = f"distance {mean['frechet_distance']:.1f}, {mean['ms_per_sample']:.2f} ms a sample"
+        if "change" in seeds[0]:
+            figures = f"{seeds[0]['change']:.3f} changed a pixel, {seeds[0]['accuracy']:.0%} of the new class"
+        found.append((figures, f"{method}, {sampler}, {steps} step{'s' if steps != '1' else ''}"))
+    floor = next(r["frechet_distance"] for r in rows if r.get("floor") == "train-test floor")
+    (figures, name), *others = found
+    beside = f"{others[0][1]}: {others[0][0]}" if others else f"floor: {floor:.1f}"
+    return f"{figures} ({name.split(', ')[-1]}; {beside})"
+
+
 # Benchmark of a key, and the file that has its rows.
 EFFECTS: Mapping[str, tuple[str, Callable[[str, Rows], str]]] = {
     "decoding": ("bench_decoding-cpu.json", decoding),
     "sharding": ("bench_sharding-cpu.json", sharding),
     "pipeline": ("bench_sharding-cpu.json", pipeline),
     "streaming": ("bench_streaming-cpu.json", streaming),
+    "flow": ("bench_flow-cpu.json", flow),
 }
 
 

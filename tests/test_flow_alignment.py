@@ -140,6 +140,13 @@ def test_an_encoder_and_layers_that_learn_from_it():
     assert float(metrics["alignment"]) < before - 0.2
     grafted = alignment.graft(whole.init(jax.random.key(1)), warmed["network"])
     ones = jnp.ones(32)
-    first = whole(grafted, IMAGES, ones, ones, BATCH.cond).aux["taps"][0]
-    found = float(alignment.alignment_losses(head(warmed, first), tokens).mean())
+
+    def loss_of(params):
+        first = whole(params, IMAGES, ones, ones, BATCH.cond).aux["taps"][0]
+        return float(alignment.alignment_losses(head(warmed, first), tokens).mean())
+
+    found = loss_of(grafted)
     assert found == pytest.approx(float(metrics["alignment"]), abs=0.02)
+    # Planted bug: a graft that leaves the warmed-up block behind.
+    lost = alignment.graft(whole.init(jax.random.key(1)), warmed["network"], except_for=("final", "block_0"))
+    assert loss_of(lost) > found + 0.1

@@ -68,6 +68,18 @@ def test_a_wrong_sign_is_caught(run):
     assert float(run(-0.5).errors[-1].min()) > 1e3
 
 
+def test_the_nearest_iterate_is_kept_where_steps_lead_away():
+    """One row's step is far too large: the start remains; the other two have the last of their falling errors."""
+    steps = jnp.asarray([0.5, 3.0, 0.5])
+    found = jax.jit(lambda s: flowopt.optimize(flow, Y, jnp.zeros_like(Y), s, 20, keep_all=True))(steps)
+    assert found.errors[-1, 1] > found.errors[0, 1]
+    best = flowopt.nearest(found)
+    np.testing.assert_array_equal(best[1], found.samples[0, 1])
+    np.testing.assert_array_equal(best[0], found.samples[-1, 0])
+    with pytest.raises(InputError, match="keep_all"):
+        flowopt.nearest(flowopt.optimize(flow, Y, jnp.zeros_like(Y), 0.5, 1))
+
+
 def test_rows_do_not_depend_on_each_other(run):
     alone = jax.jit(lambda y: flowopt.optimize(flow, y, jnp.zeros_like(y), 0.5, 60))(Y[:1])
     np.testing.assert_allclose(alone.x, run(0.5).x[:1], rtol=1e-5, atol=1e-6)

@@ -287,8 +287,14 @@ def test_edit_command(trained, capsys, tmp_path, data):
     assert right.sum() >= 3  # two were of the left
     same = np.abs(images[1::2] - data.images[1:4:2]).mean()
     assert same < np.abs(images[::2] - data.images[:4:2]).mean()  # what was right already is changed less
+    code, _, error = run(capsys, *command, "--to", "right", "--refine", 4)
+    assert code == 0, error
+    with np.load(tmp_path / "e.npz") as found:  # FlowOpt: nearer to what it was
+        refined = found["images"] / 127.5 - 1
+    assert np.abs(refined - data.images[:4]).mean() < np.abs(images - data.images[:4]).mean()
     for more, words in (
         ((), "give either --to, a class, or --mask"),
+        (("--mask", "left", "--refine", 4), "--refine is of an edit to another class"),
         (("--mask", "left"), "not trained to inpaint"),
         (("--mask", "middle"), "none of left, right, top, bottom"),
         (("--to", "right", "--start", "1"), r"start must be in [0, 1)"),

@@ -29,6 +29,7 @@ from jaxinfer.flow.meanflow import MeanFlow, TargetGuidance
 from jaxinfer.flow.model import CONDITIONS, FlowModel
 from jaxinfer.flow.network import Network
 from jaxinfer.flow.objective import FlowMatching
+from jaxinfer.flow.times import WIDE_PAIRS
 from jaxinfer.flow.types import Batch, Condition, Objective, per_example
 from jaxinfer.models import autoencoder as vae
 from jaxinfer.models.autoencoder import AutoencoderConfig
@@ -160,15 +161,16 @@ class FlowObjective:
 
 
 def objective_of(name: str, *, drop_rate: float = 0.1, guidance: float = 1.0) -> Objective:
-    """Flow matching, or MeanFlow with guidance inside its targets. Raises `ConfigError` for another name, or guidance
-    that would not be used or has no null."""
+    """Flow matching, or MeanFlow at `WIDE_PAIRS` with guidance inside its targets. Raises `ConfigError` for another
+    name, or guidance that would not be used or has no null."""
     if name == "flow" and guidance == 1.0:
         return FlowMatching(drop_rate=drop_rate)
     if name != "meanflow":
         raise ConfigError(f"objective {name!r} is none of flow, meanflow (which alone has guidance in its targets)")
     if guidance != 1.0 and not drop_rate:
         raise ConfigError("guidance in the targets needs a null condition: a drop rate above 0")
-    return MeanFlow(drop_rate=drop_rate, guidance=None if guidance == 1.0 else TargetGuidance(guidance))
+    within = None if guidance == 1.0 else TargetGuidance(guidance)
+    return MeanFlow(times=WIDE_PAIRS, drop_rate=drop_rate, guidance=within)
 
 
 def image_channels(condition: str, channels: int) -> int:

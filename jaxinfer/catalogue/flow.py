@@ -15,6 +15,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.flow.objective:FlowMatching",
         paper=Paper("Dao, Phung, Nguyen, Tran", 2023, "2307.08698"),
         cli="train flow",
+        effect="flow:flow matching|euler|16",
     ),
     Method(
         name="flow-model",
@@ -32,6 +33,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.flow.guide:guided",
         paper=Paper("Ho, Salimans", 2022, "2207.12598"),
         cli="sample --guidance",
+        effect="flow:guidance 2|classifier-free|8 / flow matching|euler|8",
     ),
     Method(
         name="adaptive-solver",
@@ -59,6 +61,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.flow.inversion:edit",
         paper=Paper("Song, Meng, Ermon", 2020, "2010.02502"),
         cli="edit --to",
+        effect="flow:edit|inversion, euler|16",
     ),
     Method(
         name="reflow",
@@ -75,6 +78,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact in distribution",
         entry="jaxinfer.flow.optimal_transport:MinibatchOT",
         paper=Paper("Tong et al.", 2023, "2302.00482"),
+        effect="flow:minibatch transport|euler|4 / flow matching|euler|4",
     ),
     Method(
         name="w-cfm",
@@ -83,6 +87,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.flow.gibbs:Gibbs",
         paper=Paper("Calvo-Ordonez et al.", 2025, "2507.22270"),
+        effect="flow:gibbs weights|euler|4 / flow matching|euler|4",
     ),
     Method(
         name="boss",
@@ -91,6 +96,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.flow.bellman:grids",
         paper=Paper("Nguyen, Nguyen, Nguyen", 2023, "2312.16414"),
+        effect="flow:BOSS|euler, best grid|4 / flow matching|euler|4",
     ),
     Method(
         name="meanflow",
@@ -99,6 +105,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.flow.meanflow:MeanFlow",
         paper=Paper("Geng et al.", 2025, "2505.13447"),
+        effect="flow:MeanFlow|mean velocity|1 / flow matching|euler|1",
     ),
     Method(
         name="improved-meanflow",
@@ -107,6 +114,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.flow.meanflow:MeanFlow",
         paper=Paper("Geng et al.", 2025, "2512.02012"),
+        effect="flow:improved MeanFlow|mean velocity|1 / flow matching|euler|1",
     ),
     Method(
         name="meanaudio",
@@ -123,6 +131,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.flow.blockwise:Blockwise",
         paper=Paper("Park et al.", 2025, "2510.21167"),
+        effect="flow:blockwise|features at each step|8 / flow matching|euler|8",
     ),
     Method(
         name="feature-residual",
@@ -131,6 +140,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.flow.blockwise:FeatureResidual",
         paper=Paper("Park et al.", 2025, "2510.21167"),
+        effect="flow:blockwise|feature residual|8 / flow matching|euler|16",
     ),
     Method(
         name="stream-batch",
@@ -139,6 +149,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact",
         entry="jaxinfer.flow.pipeline:Pipeline",
         paper=Paper("Kodaira et al.", 2023, "2312.12491"),
+        effect="flow:stream|stream batch|4 / stream|frame after frame|4",
     ),
     Method(
         name="residual-guidance",
@@ -147,6 +158,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.flow.streamdiffusion:StreamDiffusion",
         paper=Paper("Kodaira et al.", 2023, "2312.12491"),
+        effect="flow:guidance 2|onetime residual|8 / guidance 2|classifier-free|8",
     ),
     Method(
         name="similarity-filter",
@@ -171,6 +183,8 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.flow.flowopt:optimize",
         paper=Paper("Ronai, Kulikov, Michaeli", 2025, "2510.22010"),
+        cli="edit --refine",
+        effect="flow:edit|FlowOpt, 8 iterations|16 / edit|inversion, euler|16",
     ),
     Method(
         name="erw",
@@ -179,6 +193,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="a different model",
         entry="jaxinfer.flow.alignment:Warmup",
         paper=Paper("Liu, Sun, Li, Lin", 2025, "2504.10188"),
+        effect="flow:ERW|euler|16 / flow matching|euler|16",
     ),
     Method(
         name="cachequant",
@@ -187,5 +202,6 @@ METHODS: tuple[Method, ...] = (
         guarantee="approximate",
         entry="jaxinfer.flow.cachequant:calibrate",
         paper=Paper("Liu, Li, Gu", 2025, "2503.01323"),
+        effect="flow:CacheQuant|best and lines, 1 in 2, int8|16 / CacheQuant|uncached|16",
     ),
 )

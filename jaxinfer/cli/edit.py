@@ -27,6 +27,14 @@ def edit(
     start: Annotated[
         float, typer.Option("--start", min=0, help="Time that is gone back to: 0 is noise; 0.5 keeps more.")
     ] = 0.0,
+    refine: Annotated[
+        int,
+        typer.Option(
+            "--refine",
+            min=0,
+            help="Tries of FlowOpt, of which the nearest to the input is kept; the paper has 8.",
+        ),
+    ] = 0,
     mask: Annotated[
         str | None, typer.Option("--mask", help="Paint here: left, right, top, bottom, or an npz with mask[N,H,W].")
     ] = None,
@@ -41,6 +49,7 @@ def edit(
     \b
     Example:
       jaxinfer edit --model runs/glyphs --input letter.png --from A --to B --start 0.3 --output out/edited
+      jaxinfer edit --model runs/glyphs --input letter.png --from A --to B --refine 8 --output out/nearer
       jaxinfer edit --model runs/holes --input letters.npz --mask right --output out/painted
     """
     import jax
@@ -55,6 +64,8 @@ def edit(
 
     if (to is None) == (mask is None):
         raise ConfigError("give either --to, a class, or --mask, a hole")
+    if refine and mask is not None:
+        raise ConfigError("--refine is of an edit to another class (--to), not of a hole")
     flow, ts = flow_options.load(model), flow_options.grid(schedule, steps)
     chosen = flow_options.solver(solver, flow)
     if isinstance(chosen, Tolerance) or chosen not in SOLVERS.values():
@@ -75,7 +86,7 @@ def edit(
             raise ConfigError(f"{source} has no labels: give --from, the class that the images are of")
         after = np.repeat(flow.labels([to]), len(images))
         conds = Condition(labels=labels), Condition(labels=after)
-        changed = flow.edit(images, *conds, ts, solver=chosen, guidance=guide, start=start)
+        changed = flow.edit(images, *conds, ts, solver=chosen, guidance=guide, start=start, refine=refine)
         labels = after
     files = flow_options.write(output, np.asarray(changed), **({} if labels is None else {"labels": labels}))
     moved = float(np.abs(np.asarray(changed) - images).mean())

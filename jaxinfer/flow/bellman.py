@@ -10,8 +10,9 @@ Guarantee: the grid is the exact minimum of the sum of LOCAL squared errors over
 the error at the end, nor of a distance in law); the straightened model is a different one. State: none.
 
 Paper's defaults: 100 fine steps, 100 samples for the table, 5,000 for straightening, 12,000 updates of batch 15, plain
-L2. Departures: one pass makes the pairs of every K wanted, and training draws among all of them (the released code
-trains one K at a time); arguments of minima are stored, where the code finds paths again by comparing floats.
+L2, one model for each K. Departures: one pass can make the pairs of several K, for one model (a compromise: from the
+same time, their velocities differ); arguments of minima are stored, where the code finds paths again by comparing
+floats.
 
 Stability: experimental.
 """

@@ -74,6 +74,15 @@ def optimize(
     return Found(x, sample, errors, None if samples is None else jnp.concatenate([first[None], samples]))
 
 
+def nearest(found: Found) -> jax.Array:
+    """Each row's sample [B, ...] with the least error to y of all its iterates: no further than where it started, also
+    where a step took it away. Of an `optimize` that kept all samples; InputError for one that did not."""
+    if found.samples is None:
+        raise InputError("found.samples: none were kept; ask `optimize` to keep_all")
+    best = jnp.nan_to_num(found.errors, nan=jnp.inf).argmin(0)
+    return jax.vmap(lambda samples, i: samples[i], in_axes=(1, 0))(found.samples, best)
+
+
 def implicit_inverse(velocity: VelocityFn, y: jax.Array, ts: Any, carry: Any = None) -> jax.Array:
     """The noise[B, ...] at ts[0] that Euler's method over the grid `ts f32[K+1]` takes near to `y`: where to start.
 

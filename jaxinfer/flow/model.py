@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import ConfigError, InputError
-from jaxinfer.flow import adaptive, inversion
+from jaxinfer.flow import adaptive, flowopt, inversion
 from jaxinfer.flow.adaptive import Tolerance
 from jaxinfer.flow.guide import UNGUIDED, Guidance, guided
 from jaxinfer.flow.inpaint import check_mask, inpainting_condition, paste
@@ -140,13 +140,23 @@ class FlowModel:
         solver: FixedStep = heun,
         guidance: Guidance = UNGUIDED,
         start: float = 0.0,
+        refine: int = 0,
     ) -> jax.Array:
         """Images [B,H,W,C] of condition `before` made into `after`, by inversion to time `start`; only the way forward
-        is guided."""
+        is guided. refine: iterations of FlowOpt from there, steps of at most 1; the result is the one nearest to the
+        image that it came from. Raises `ConfigError` where a row has no step size that converges."""
         grid = inversion.from_time(ts, start)
         for cond in (before, after):
             self.check(cond, images.shape[0], guidance)
-        x = _edit(self.network, self.params, before, after, self.encode(images), grid, solver, guidance)
+        y = self.encode(images)
+        if not refine:
+            x = _edit(self.network, self.params, before, after, y, grid, solver, guidance)
+        else:
+            key = jax.random.key(0)  # of the power iteration's first direction, which its result hardly depends on
+            forward = functools.partial(_forward, self.network, self.params, after, grid, solver, guidance)
+            noise = flowopt.implicit_inverse(guided(self.network, self.params, before, UNGUIDED), y, grid)
+            step = jnp.minimum(flowopt.safe_step(flowopt.step_bound(forward, noise, key)), 1.0)
+            x = flowopt.nearest(flowopt.optimize(forward, y, noise, step, refine, keep_all=True))
         return self.decode(x)
 
     def inpaint(
@@ -203,3 +213,8 @@ def _adaptive(network, params, cond, x, ends, tolerance, guidance):
 def _edit(network, params, before, after, x, ts, solver, guidance):
     forward, back = guided(network, params, after, guidance), guided(network, params, before, UNGUIDED)
     return inversion.edit(solver, back, forward, x, ts)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "solver", "guidance"))
+def _forward(network, params, cond, ts, solver, guidance, x):
+    return solver(guided(network, params, cond, guidance), x, ts).x

@@ -119,4 +119,7 @@ class Pair:
         return Times(t, jnp.where(equal, one, jnp.maximum(one, two)), jnp.zeros((batch,), jnp.int32))
 
 
+# MeanFlow's times for short trainings. Of the paper's pairs hardly any reaches from 0 to 1: after 400 updates from a
+# trained flow of digits one step was at a Fréchet distance of 46.2, and with these at 6.5 (two steps: 4.3 and 5.4).
+WIDE_PAIRS = Pair(0.5, Uniform())
 TIMES = {"uniform": Uniform, "logit_normal": LogitNormal, "mode": Mode}

@@ -57,7 +57,7 @@ QUICK = Settings(
     batch=64, hidden_size=64, num_layers=3,
 )  # fmt: skip
 FULL = Settings(
-    "glyphs", steps=1800, tune_steps=700, autoencoder_steps=1000, classifier_steps=1000, samples=1080, seeds=3
+    "glyphs", steps=1800, tune_steps=400, autoencoder_steps=1000, classifier_steps=1000, samples=1080, seeds=3
 )
 LARGE = dataclasses.replace(FULL, steps=6000, tune_steps=3000, samples=2160, batch=256, hidden_size=256, num_layers=8)
 
@@ -66,7 +66,8 @@ LARGE = dataclasses.replace(FULL, steps=6000, tune_steps=3000, samples=2160, bat
 class Sampler:
     """`run(x[B,h,w,c], labels i32[B]) -> latents`, jitted, with the model's evaluations a sample.
 
-    flops: of a sample, where that is not `evaluations` times one evaluation of the flow's network.
+    flops: of a sample, where that is not `evaluations` times one evaluation of the flow's network. more: what else the
+    row says, from the images and labels.
     """
 
     label: str
@@ -74,6 +75,7 @@ class Sampler:
     evaluations: float
     run: Callable[[jax.Array, Any], jax.Array]
     flops: float | None = None
+    more: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,16 @@ def caching(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
     return ("Caching: 1.5 times faster at equal quality", "; ".join(found)) if found else None
 
 
+def editing(table: Sequence[Row], floor: float) -> tuple[str, str] | None:
+    """FlowOpt against the inversion that it begins at: how much changes, and whether the class becomes the new one."""
+    found = [
+        f"{row['sampler']}: {row['change']:.3f} changed, accuracy {row['accuracy']:.2f}"
+        for row in table
+        if row["method"] == "edit"
+    ]
+    return ("FlowOpt: edits nearer to the image than inversion's", "; ".join(found)) if found else None
+
+
 def torchcfm(peers: Sequence[Row], table: Sequence[Row]) -> tuple[str, str] | None:
     """Training throughput and final distance beside the peer's."""
     speed = {r["peer"]: r["train_ms_per_update"] for r in peers if "train_ms_per_update" in r}
@@ -82,5 +92,5 @@ def torchcfm(peers: Sequence[Row], table: Sequence[Row]) -> tuple[str, str] | No
 
 def lines(table: Sequence[Row], floor: float, peers: Sequence[Row]) -> list[tuple[str, str]]:
     """(expected, found) of everything that was measured."""
-    found = [claim(table, floor) for claim in (mean_flow, boss, blockwise, stream, caching)]
+    found = [claim(table, floor) for claim in (mean_flow, boss, blockwise, stream, caching, editing)]
     return [line for line in [*found, torchcfm(peers, table)] if line is not None]
