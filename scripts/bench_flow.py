@@ -30,6 +30,7 @@ from flow_bench import base, cheaper, claims, couplings, edits, few_steps, peer,
 from flow_bench.bench import FULL, LARGE, QUICK, Bench, Entry, Sampler
 
 from jaxinfer import host_memory
+from jaxinfer.cli import compiled
 from jaxinfer.cli.output import note, print_table
 from jaxinfer.measure import results, timing
 
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of weights and rows; default runs/bench_flow-<set>")
     args = parser.parse_args()
     host_memory.keep_freed()  # for ours and for PyTorch
+    compiled.use_cache()
     size = "quick" if args.quick else "full" if jax.default_backend() == "cpu" else "large"
     settings = {"quick": QUICK, "full": FULL, "large": LARGE}[size]
     settings = dataclasses.replace(settings, seeds=args.seeds or settings.seeds)

@@ -74,7 +74,6 @@ def data() -> Data:
     return Data(q, k, v)
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 TABLE = np.random.default_rng(1).normal(size=(16, HEADS)).astype(np.float32)
 TRACES: collections.Counter = collections.Counter()
 
@@ -96,7 +95,7 @@ def run(spec, state, x: Data, schedule: Schedule):
     return jax.lax.scan(step, state, schedule)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def feed(spec, state, x, schedule):
     TRACES[spec, schedule.token.shape[2], schedule.mask is None] += 1
     return run(spec, state, x, schedule)
@@ -170,7 +169,7 @@ def same(got, want, message: str = ""):
         np.testing.assert_array_equal(a, b, err_msg=f"{message} {jax.tree_util.keystr(path)}")
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def naive(attention, q, k, v, distance, visible):
     return ops.attend_naive(attention, q, k, v, distance, visible, jnp.asarray(TABLE)).out
 
@@ -274,7 +273,7 @@ def attend_is_naive_attention_over_the_view(case: Case):
     positions = jnp.asarray(LENGTHS[:, None] + np.arange(NARROW), jnp.int32)
     positions = positions.at[1, 4:].set(-1)  # a row with fewer tokens
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(state, q, k, v):
         block = kv.write_block(spec.new_block(ROWS, NARROW), k, v, positions, 0)
         view = spec.dense_view(state, positions)

@@ -135,7 +135,7 @@ class Greedy:
         """After every commit the next token's logits equal those of a forward over all tokens anew."""
         model, depth = self.model, self.run.config.drafter.depth
 
-        @toy.quick_jit
+        @jax.jit
         def logits(params, state):
             seq = state.seq
             at = seq.length[:, None] - 1

@@ -73,7 +73,7 @@ def padded(rows):
     return jnp.asarray(np.stack([np.pad(row, (0, SIZE - len(row))) for row in rows]), jnp.int32)
 
 
-@toy.quick_jit
+@jax.jit
 def hidden_of(ids):
     """The target's hidden states of texts `ids i32[B, SIZE]`."""
     return see(ids).hidden

@@ -19,7 +19,6 @@ if (
     # The deviceless compilers load only if jax does not look for the devices that are not here.
     jax.config.update("jax_platforms", "cpu")
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiler options that halve the time to compile
 BUDGETS = Path(__file__).parent / "budgets"
 # Largest error relative to the largest magnitude of the result, for sums of a few hundred rounded terms.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}

@@ -62,7 +62,7 @@ def learned(drafter, steps, prompt=6, seed=0):
     row = rng.integers(0, V, prompt).tolist()
     plain = Plain(drafter)
     state = drafter.init(None, None, toy.sequence(row, size=64, prompt=prompt), None)
-    observe = toy.quick_jit(drafter.observe)
+    observe = jax.jit(drafter.observe)
     for n in steps:
         row += rng.integers(0, V, n).tolist()
         seq = toy.sequence(row, size=64, prompt=prompt)
@@ -117,7 +117,7 @@ def test_a_corpus_gives_conditional_shares():
 
 
 def proposed(drafter, corpus, table, seq):
-    propose = toy.quick_jit(functools.partial(drafter.propose, target_params=None, warp=None))
+    propose = jax.jit(functools.partial(drafter.propose, target_params=None, warp=None))
     return jax.tree.map(np.asarray, propose(corpus, table, seq, None, None)[0])
 
 

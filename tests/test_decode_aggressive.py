@@ -37,7 +37,7 @@ def test_the_unique_suffix_against_a_plain_search():
     outputs = [rng.integers(0, 4, rng.integers(0, 7)).tolist() for _ in texts]
     seq = toy.sequence(*[[1, 2, *row] for row in outputs], prompt=2)
     for longest in (1, 3):
-        found = np.asarray(toy.quick_jit(unique_match, static_argnums=2)(source(*texts), seq, longest))
+        found = np.asarray(jax.jit(unique_match, static_argnums=2)(source(*texts), seq, longest))
         want = [plain_match(text, row, longest) for text, row in zip(texts, outputs, strict=True)]
         assert found.tolist() == want and len(set(want)) > 5
 
@@ -84,7 +84,7 @@ def test_the_pointer_follows_and_leaves_and_finds_again():
     """A script of one row: the source is 1 2 3 4 5 6, the output 1 2 9 4 5 6."""
     drafter = Aggressive(drafts=2)
     state = drafter.init(source([1, 2, 3, 4, 5, 6]), None, toy.sequence([0], size=12), None)
-    observe = toy.quick_jit(drafter.observe)
+    observe = jax.jit(drafter.observe)
 
     def after(state, row, accepted, n):
         seq = toy.sequence([0, *row], prompt=1, size=12)
@@ -153,7 +153,7 @@ def test_each_setting_alone_makes_it_greedy(rule):
     law = jnp.asarray(np.random.default_rng(2).normal(size=(100, 4, V)), jnp.float32)
     tokens = jnp.argsort(-law[:, :3], -1)[..., 0].at[50:, 1].add(1) % V
     proposal = Proposal.of_chain(tokens, jnp.ones(tokens.shape, bool))
-    got, want = (toy.quick_jit(v.verify)(law, proposal, None) for v in (rule, Greedy()))
+    got, want = (jax.jit(v.verify)(law, proposal, None) for v in (rule, Greedy()))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert want.n_accepted.tolist() == [3] * 50 + [1] * 50
 
@@ -182,7 +182,7 @@ def verdicts(rule, tree, rows=200):
     proposal = Proposal.of_chain(jnp.asarray(tokens), every)
     if tree:
         proposal = Proposal.of_tree(jnp.asarray(tokens), jnp.asarray(parent)[None], every, depth=3)
-    verdict = toy.quick_jit(rule.verify)(jnp.asarray(law, jnp.float32), proposal, None)
+    verdict = jax.jit(rule.verify)(jnp.asarray(law, jnp.float32), proposal, None)
     want = []
     for scores, drafts in zip(law, tokens, strict=True):
         depth = {0: 0}

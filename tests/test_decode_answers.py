@@ -14,7 +14,7 @@ from tests import toy
 
 MODEL, PARAMS, V = checks.MODEL, checks.PARAMS, checks.V
 K, SIZE = 3, 4
-score = toy.quick_jit(score_candidates, static_argnums=0, static_argnames="prefill_chunk")
+score = jax.jit(score_candidates, static_argnums=0, static_argnames="prefill_chunk")
 
 
 def case(seed=0, batch=3, width=9):
@@ -59,7 +59,7 @@ def test_candidates_that_see_each_other_are_noticed(monkeypatch):
     monkeypatch.setattr(
         "jaxinfer.decode.candidates._side_by_side", lambda k, n: jnp.tril(jnp.ones((1, k * n + 1, k * n + 1), bool))
     )
-    got = toy.quick_jit(lambda *case: score_candidates(MODEL, PARAMS, *case))(*arguments)
+    got = jax.jit(lambda *case: score_candidates(MODEL, PARAMS, *case))(*arguments)
     assert np.abs(np.asarray(got) - alone(*arguments)).max() > 0.05
 
 

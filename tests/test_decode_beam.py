@@ -15,10 +15,10 @@ V, L, END = 4, 3, 3
 MODEL = toy.Attentive(V)
 PARAMS = MODEL.params(3, scale=0.5)
 TOKENS, LENGTHS = toy.prompts(1, 2, 4, V, lengths=[4, 2])
-search = toy.quick_jit(decode.beam_search, static_argnames=("step", "config"))
+search = jax.jit(decode.beam_search, static_argnames=("step", "config"))
 
 
-@toy.quick_jit
+@jax.jit
 def forward(ids):
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     return MODEL.head(PARAMS, MODEL(PARAMS, ids, positions)[0].hidden)

@@ -24,8 +24,8 @@ SENTENCES = [
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cfic, "_begin", toy.quick_jit(loop.begin, static_argnames=("step", "config")))
-        patch.setattr(cfic, "_score", toy.quick_jit(loop.score, static_argnames=("step", "config")))
+        patch.setattr(cfic, "_begin", jax.jit(loop.begin, static_argnames=("step", "config")))
+        patch.setattr(cfic, "_score", jax.jit(loop.score, static_argnames=("step", "config")))
         yield
 
 
@@ -34,7 +34,7 @@ def search(finder, sentences=SENTENCES):
     return finder.search(MODEL, PARAMS, tokens, jnp.asarray([len(PROMPT)]), sentences, ends=[END])
 
 
-@toy.quick_jit
+@jax.jit
 def _law(row, length):
     index = jnp.arange(row.shape[0])
     output, _ = MODEL(PARAMS, row[None], jnp.where(index < length, index, -1)[None])

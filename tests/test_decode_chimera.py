@@ -13,7 +13,6 @@ from jaxinfer.models.heads.chimera import ChimeraHead
 from jaxinfer.train.heads import chimera_rounds
 from tests import drafter_checks as checks
 from tests import head_checks as heads
-from tests import toy
 
 HEAD = ChimeraHead(heads.SHAPE, num_heads=2, mlp_size=8)
 PARAMS = heads.random_head(HEAD)
@@ -35,7 +34,7 @@ class FromTheRoot(Chimera):
 GREEDY_WARP = type("GreedyWarp", (), {"sampled": False, "scores": lambda self, logits, slots: logits})()
 
 
-@toy.quick_jit
+@jax.jit
 def propose(state):
     """The chain that is drafted next."""
     return CHAIN.propose(
@@ -43,13 +42,13 @@ def propose(state):
     )[0]
 
 
-@toy.quick_jit
+@jax.jit
 def iterate(ids):
     """The token that each of training's iterations chooses after each place of `ids i32[B, T]`."""
     return [x.argmax(-1) for x in chimera_rounds(heads.STEP, HEAD, PARAMS, heads.see(ids), CHAIN.depth)]
 
 
-@toy.quick_jit
+@jax.jit
 def values(ids):
     """The values [B, G, T, d] of the layer over the true hidden states of `ids i32[B, T]`."""
     seen = heads.see(ids)

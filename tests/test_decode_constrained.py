@@ -35,7 +35,7 @@ def quick():
         options = {"static_argnames": ("config",)} if name in ("_propose", "_settle") else {}
         options = {"static_argnames": ("step", "config")} if name == "_score" else options
         options |= {"donate_argnames": ("state",)} if name in ("_propose", "_settle") else {}
-        patch.setattr(constrained, name, toy.quick_jit(program.__wrapped__, **options))
+        patch.setattr(constrained, name, jax.jit(program.__wrapped__, **options))
     yield
     patch.undo()
 
@@ -45,7 +45,7 @@ def vocabulary():
     return toys.pieces()
 
 
-_begin = toy.quick_jit(decode.begin, static_argnames=("step", "config"))
+_begin = jax.jit(decode.begin, static_argnames=("step", "config"))
 
 
 def run(vocabulary, drafter=None, *, jump=True, draft_params=None, patterns=PATTERNS, **values):
@@ -63,7 +63,7 @@ def run(vocabulary, drafter=None, *, jump=True, draft_params=None, patterns=PATT
     return loop.result(driver.advance(state, 100), config)
 
 
-@toy.quick_jit
+@jax.jit
 def last_logits(row, length):
     index = jnp.arange(WIDTH + ANSWER)
     output, _ = MODEL(PARAMS, row[None], jnp.where(index < length, index, -1)[None])

@@ -53,7 +53,7 @@ def lag_and_error(drafter, bring_up=draft_chain.catch_up):
     sampling = Sampling.make(4, eos=[-1])
     state = run.start(checks.PARAMS, tokens, lengths, sampling=sampling, draft_params=OTHER)
 
-    @toy.quick_jit
+    @jax.jit
     def compare(state):
         seq, own = state.seq, state.drafter.cache
         caught = bring_up(checks.MODEL, OTHER, own, seq, jnp.ones(4, bool))
@@ -88,7 +88,7 @@ def test_rows_copy_where_they_can_and_draft_elsewhere():
     run = toy.Run(checks.MODEL, Config(max_tokens=8, drafter=DRAFTER, features=Features()))
     state = run.start(checks.PARAMS, tokens, lengths, draft_params=OTHER)
 
-    @toy.quick_jit
+    @jax.jit
     def propose(state):
         warp = decode.sampling.Warp(state.sampling, state.features, state.seq)
         return DRAFTER.propose(

@@ -29,7 +29,7 @@ def test_find_against_a_plain_search():
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 3, rng.integers(1, 17)).tolist() for _ in range(200)]
     for n in (1, 2, 3):
-        found = np.asarray(toy.quick_jit(ngrams.find, static_argnums=1)(toy.sequence(*rows), n))
+        found = np.asarray(jax.jit(ngrams.find, static_argnums=1)(toy.sequence(*rows), n))
         for row, got in zip(rows, found, strict=True):
             want = next((i for i in range(len(row) - n) if row[i : i + n] == row[-n:]), 16) if len(row) > n else 16
             assert got == want, (row, n)

@@ -61,7 +61,7 @@ def test_the_length_follows_the_last_step(gamma, proposed, accepted, want):
 def proposals(drafter, params, tokens, lengths, gamma):
     """What is drafted after prefill, the rows' lengths set to `gamma`."""
 
-    @toy.quick_jit
+    @jax.jit
     def run(params, tokens, lengths, gamma):
         config = Config(max_tokens=8, drafter=drafter, features=Features())
         state = toy.decode.begin(
@@ -102,7 +102,7 @@ def test_a_lazy_cache_catches_up():
     fresh = jnp.pad(idle.seq.tokens, ((0, 0), (0, 3)))
     at = jnp.where(jnp.arange(fresh.shape[1])[None] < idle.seq.length[:, None] - 2, jnp.arange(fresh.shape[1]), -1)
 
-    @toy.quick_jit
+    @jax.jit
     def compare(state):
         own = state.drafter.cache
         caught = draft_chain.catch_up(checks.MODEL, OTHER, own, state.seq, jnp.ones(4, bool))

@@ -13,7 +13,6 @@ from jaxinfer.models.heads.eagle import EagleHead
 from jaxinfer.train.heads import eagle_rounds
 from tests import drafter_checks as checks
 from tests import head_checks as heads
-from tests import toy
 
 HEAD = EagleHead(heads.SHAPE, num_heads=2, num_kv_heads=1, mlp_size=8)
 PARAMS = {**heads.random_head(HEAD), "embedding": heads.PARAMS["embedding"]}
@@ -32,7 +31,7 @@ class FromTheRoot(Eagle):
         return super().observe(params, state, seq, proposal, scored, verdict, n, cache)
 
 
-@toy.quick_jit
+@jax.jit
 def made(ids):
     """What training makes of the entries of texts `ids i32[B, T]`, round by round, and the token that each chooses."""
     rounds = eagle_rounds(heads.STEP, HEAD, PARAMS, heads.see(ids), CHAIN.depth)
@@ -64,7 +63,7 @@ def test_drafting_is_what_training_unrolls():
     run = heads.Stepped(CHAIN, PARAMS, steps=0)
     [state] = run.states
     warp = type("Greedy", (), {"sampled": False, "scores": lambda self, logits, slots: logits})()
-    propose = toy.quick_jit(lambda state: CHAIN.propose(
+    propose = jax.jit(lambda state: CHAIN.propose(
         PARAMS, state.drafter, state.seq, None, state.seq.key, target_params=heads.PARAMS, warp=warp
     )[0])  # fmt: skip
     proposal, rows = propose(state), run.rows(state)

@@ -53,7 +53,7 @@ def gates(params):
     return found
 
 
-@toy.quick_jit
+@jax.jit
 def whole(params, tokens, lengths, gates):
     """Logits f32[B, T, V] of whole texts under given decisions, without a cache."""
     index = jnp.arange(tokens.shape[1])[None]
@@ -174,7 +174,7 @@ class Stores(First):
 
 def test_planted_bugs_are_seen(params, gates):
     for step, sound in ((FIRST, True), (DecidesByChunk(STEP), False), (OneForAll(STEP), False)):
-        opened = toy.quick_jit(step.read_prompt)(params, step.new_cache(4, 24), TOKENS, LENGTHS)
+        opened = jax.jit(step.read_prompt)(params, step.new_cache(4, 24), TOKENS, LENGTHS)
         runs = np.stack([layer.runs for layer in opened.states], 1)
         assert (runs == gates).all() == sound
 

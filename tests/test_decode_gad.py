@@ -29,7 +29,7 @@ def test_at_its_limit_it_is_greedy(exact):
     exact.check()
 
 
-@toy.quick_jit
+@jax.jit
 def anew(params, tokens, length, pads_at):
     """The block's drafts i32[BLOCK] by a forward over one whole row and PADs from position `pads_at` on."""
     index = jnp.arange(tokens.shape[0])
@@ -44,7 +44,7 @@ def test_drafts_are_those_of_a_forward_without_a_cache(exact):
     """At every step of a ragged batch; a PAD one place late (the planted slip) is seen."""
     arguments = exact.arguments(BLOCK)
     state = exact.run.start(exact.params, exact.tokens, exact.lengths, sampling=Sampling.make(4, eos=[-1]), **arguments)
-    propose = toy.quick_jit(lambda own, state: EXACT.propose(
+    propose = jax.jit(lambda own, state: EXACT.propose(
         own, state.drafter, state.seq, state.cache, UNREAD, target_params=None, warp=UNREAD
     )[0].tokens)  # fmt: skip
     late = 0

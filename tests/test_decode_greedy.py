@@ -150,7 +150,7 @@ def test_draft_model_and_its_cache(plain, drafted):
     assert errors_of_caches(drafted, tokens, lengths) < 1e-4
 
 
-@toy.quick_jit
+@jax.jit
 def compare(seq, length, params, cache):
     """Logits at `length - 1` through the cache against a forward without one; and how many tokens it is off."""
     at = jnp.maximum(length - 1, 0)
@@ -203,7 +203,7 @@ def test_the_tests_see_planted_bugs(plain, drafted):
         config = dataclasses.replace(drafted.config, verifier=Planted(bug=bug))
         return decode.advance(MODEL, params, state, config=config, **kwargs)
 
-    advance = toy.quick_jit(advance)
+    advance = jax.jit(advance)
     run = toy.Run(MODEL, drafted.config)
     run.begin = drafted.begin
     for bug, wrong_cache, wrong_text in ((0, False, False), (1, True, None), (2, None, True)):

@@ -51,7 +51,7 @@ def programs(smashing):
     first = Smashing(room=smashing.room)
     begin = functools.partial(hamburger.begin, MODEL, config=CONFIG, smashing=first)
     advance = functools.partial(hamburger.advance, MODEL, config=CONFIG, smashing=smashing)
-    return toy.quick_jit(begin) if first == smashing else programs(first)[0], toy.quick_jit(advance)
+    return jax.jit(begin) if first == smashing else programs(first)[0], jax.jit(advance)
 
 
 def run(smashing=HALF, *, params=PARAMS, tokens=TOKENS, lengths=LENGTHS, steps=ANSWER, row_ids=None, **sampling):
@@ -75,7 +75,7 @@ def plainly(params=PARAMS, **sampling):
     return toy.outputs(plain(params["base"], TOKENS, LENGTHS, sampling=settings))
 
 
-@toy.quick_jit
+@jax.jit
 def _naive_step(params, tokens, sizes, positions, count, so_far):
     """The logits f[S, V] of each token of the group after macro step `count - 1`, and the stop logits f[S]."""
     output, _ = MODEL.macro(params, tokens[None], sizes[None], positions[None])
@@ -176,7 +176,7 @@ def test_scoring_repeats_generation_and_its_probabilities_are_a_law():
     texts, lengths = np.zeros((1 + V * V, 1 + ANSWER), np.int32), np.full(1 + V * V, 3, np.int32)
     texts[0], lengths[0] = np.asarray(TOKENS)[one, :1].tolist() + toy.outputs(result)[one], 1 + ANSWER
     texts[1:, :3] = np.stack(np.meshgrid(5, range(V), range(V), indexing="ij"), -1).reshape(-1, 3)
-    score = toy.quick_jit(functools.partial(hamburger.score, MODEL, smashing=HALF))
+    score = jax.jit(functools.partial(hamburger.score, MODEL, smashing=HALF))
     nll, steps = score(PARAMS, jnp.asarray(texts), jnp.asarray(lengths))
     assert int(steps[0]) == int(result.stats.forwards[one])
     assert not nll[0, 0] and (nll[0, 1:] > 0).all() and not nll[1:, 3:].any()

@@ -24,7 +24,7 @@ PAD, ROOM = 6, checks.WIDTH + checks.ANSWER + 8
 def _laws(model):
     """Log-laws f32[T, V] after each of `tokens i32[T]`, of which the first n count: without a cache."""
 
-    @toy.quick_jit
+    @jax.jit
     def laws(params, tokens, n):
         index = jnp.arange(tokens.shape[0])
         cache = model.new_cache(1, 1) if isinstance(model, toy.Attentive) else None

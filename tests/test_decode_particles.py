@@ -35,7 +35,7 @@ class Count:
 
 @functools.cache
 def program(config, reward):
-    return toy.quick_jit(functools.partial(particle_gibbs, MODEL, config=config, reward=reward))
+    return jax.jit(functools.partial(particle_gibbs, MODEL, config=config, reward=reward))
 
 
 def run(reward=Count(), *, rows=ROWS, seed=0, **settings):
@@ -113,7 +113,7 @@ def test_hot_chains_exchange_only_by_the_metropolis_rule(monkeypatch):
     monkeypatch.setattr(particles._Run, "exchange", always)
     config = ParticleConfig(SAMPLED, segment=1, particles=4, passes=12, betas=(1.0, 0.0))
     tokens = jnp.full((ROWS // 2, 1), 2, jnp.int32)
-    wrong = toy.quick_jit(functools.partial(particle_gibbs, MODEL, config=config, reward=Count()))(
+    wrong = jax.jit(functools.partial(particle_gibbs, MODEL, config=config, reward=Count()))(
         PARAMS, tokens, jnp.ones(ROWS // 2, jnp.int32), key=jax.random.key(0)
     )
     assert distance(wrong)[0] > 12
@@ -145,7 +145,7 @@ def test_caches_move_with_the_particles():
     cold = Config(max_tokens=8, temperature=1e-4, eos=(3,))
     config = ParticleConfig(cold, particles=3, segment=3, ends=(2,), passes=2)
     tokens, lengths = checks.repetitive_prompts()
-    result = toy.quick_jit(functools.partial(particle_gibbs, checks.MODEL, config=config, reward=Count()))(
+    result = jax.jit(functools.partial(particle_gibbs, checks.MODEL, config=config, reward=Count()))(
         checks.PARAMS, tokens, lengths, key=jax.random.key(0)
     )
     plain = toy.outputs(toy.Run(checks.MODEL, Config(max_tokens=8, eos=(3,)))(checks.PARAMS, tokens, lengths))
@@ -157,7 +157,7 @@ def test_caches_move_with_the_particles():
 def test_a_filter_is_one_pass():
     config = ParticleConfig(SAMPLED, particles=2, segment=1, passes=5)
     arguments = (PARAMS, jnp.full((4, 1), 2, jnp.int32), jnp.ones(4, jnp.int32))
-    one = toy.quick_jit(functools.partial(particle_filter, MODEL, config=config, reward=Count()))
+    one = jax.jit(functools.partial(particle_filter, MODEL, config=config, reward=Count()))
     again = program(dataclasses.replace(config, passes=1), Count())
     jax.tree.map(
         np.testing.assert_array_equal, one(*arguments, key=jax.random.key(3)), again(*arguments, key=jax.random.key(3))

@@ -94,7 +94,7 @@ class Steps:
         tokens, lengths = checks.repetitive_prompts(1)
         sampling = Sampling.make(checks.BATCH, eos=[-1])
         self.begun = self.run.start(checks.PARAMS, tokens, lengths, sampling=sampling, draft_params=self.own)
-        self.naive = toy.quick_jit(self._naive)
+        self.naive = jax.jit(self._naive)
 
     def _naive(self, seq):
         """Logits f32[B, prompts, V] of the prompt tokens after the last token but one: one chain at a time."""
@@ -146,7 +146,7 @@ def test_a_prompt_slot_changes_no_other_slot(steps):
     drafter, config = steps.drafter, steps.run.config
     state = steps.run.advance(checks.PARAMS, steps.begun, steps=2, draft_params=steps.own)
 
-    @toy.quick_jit
+    @jax.jit
     def logits(own):
         proposal, pending = decoding.propose(checks.PARAMS, state, config=config, draft_params=own)
         scored, _ = decoding.score(checks.MODEL, checks.PARAMS, pending, proposal, config=config)
@@ -167,7 +167,7 @@ def probes_on_the_path(drafter, verifier):
     own, known = embeddings(drafter.head), np.array([0, 3])
     seq = toy.sequence([1, 2], [3], vocab_size=V)
 
-    @toy.quick_jit
+    @jax.jit
     def verified():
         guesses = jnp.broadcast_to(1 + jnp.arange(3), (2, 3, 3))
         state = PPDState(jnp.asarray(known), guesses)
@@ -196,7 +196,7 @@ def test_a_tree_over_rings_and_quantized_weights_changes_nothing():
         max_length=64, windows=(6,), embedding_scale=2.0,
     )  # fmt: skip
     step = Step(config)
-    weights = toy.quick_jit(lambda key: quant.apply(step.init(key), [(".*(mlp|attention).*", quant.Int8())]))(
+    weights = jax.jit(lambda key: quant.apply(step.init(key), [(".*(mlp|attention).*", quant.Int8())]))(
         jax.random.key(1)
     )
     tokens, lengths = toy.prompts(3, 3, 10, V, lengths=[1, 10, 6])

@@ -71,7 +71,7 @@ def test_drafts_walk_the_matrix():
     rng = np.random.default_rng(0)
     matrix = rng.integers(-1, V, (2, V, 8)).astype(np.int32)
     drafter = TokenRecycling()
-    propose = toy.quick_jit(functools.partial(drafter.propose, None, target_params=None, warp=None))
+    propose = jax.jit(functools.partial(drafter.propose, None, target_params=None, warp=None))
     proposal, _ = jax.tree.map(np.asarray, propose(jnp.asarray(matrix), toy.sequence([3, 4], [5]), None, None))
     for row, root in enumerate((4, 5)):
         for j, path in enumerate(_paths(template(80))):
@@ -98,7 +98,7 @@ def learned(drafter, seed=0, rows=3):
                 want[row, tokens[row, slot]] = np.argsort(-logits[row, slot])[:8]
     proposal = Proposal(jnp.asarray(tokens[:, 1:]), jnp.zeros((rows, n), jnp.int32), jnp.asarray(valid), depth=1)
     scored = Scored(jnp.asarray(tokens), jnp.asarray(logits), None)
-    got = toy.quick_jit(drafter.observe)(
+    got = jax.jit(drafter.observe)(
         None, jnp.asarray(before), toy.sequence([1], [1], [1]), proposal, scored, None, jnp.asarray(emitted), None
     )
     return np.asarray(got), want

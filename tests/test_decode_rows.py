@@ -160,9 +160,9 @@ def test_steady_state_is_traced_once_and_rows_can_be_replaced():
     """A job's life: start, advance, refill two slots, advance; each program is traced once, and a refilled row's output
     is what it would have been alone."""
     model, config = Counted(V), Config(max_tokens=ROOM, drafter=DraftModel(toy.Attentive(V), 1))
-    begin = toy.quick_jit(decode.begin, static_argnames=("step", "config"))
-    advance = toy.quick_jit(decode.advance, static_argnames=("step", "config"))
-    place = toy.quick_jit(decode.place)
+    begin = jax.jit(decode.begin, static_argnames=("step", "config"))
+    advance = jax.jit(decode.advance, static_argnames=("step", "config"))
+    place = jax.jit(decode.place)
     more, lengths = toy.prompts(5, B, 5, V - 1)
     run = dict(config=config, key=jax.random.key(0), draft_params=OTHER)
     step = dict(config=config, draft_params=OTHER)

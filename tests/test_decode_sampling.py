@@ -22,7 +22,7 @@ def test_keys_are_all_different():
     """Row, sample, length, stream and slot each change the key, and no two combinations share one."""
     rows, samples = np.array(list(itertools.product(range(4), range(3)))).T
 
-    @toy.quick_jit
+    @jax.jit
     def all_keys(key):
         row = keys.row_keys(key, jnp.asarray(rows), jnp.asarray(samples))
         steps = [keys.step_keys(row, jnp.full(12, length)) for length in range(5)]
@@ -58,7 +58,7 @@ def test_draw_follows_its_weights(vocab):
     weights[vocab // 2 :: 7] = 0
     weights[0] = 1
     key = keys.row_keys(jax.random.key(0), jnp.arange(20_000))
-    tokens = np.asarray(toy.quick_jit(draw)(jnp.broadcast_to(weights, (20_000, vocab)), key))
+    tokens = np.asarray(jax.jit(draw)(jnp.broadcast_to(weights, (20_000, vocab)), key))
     law = {(i,): float(w) for i, w in enumerate(np.float64(weights) / np.float64(weights).sum())}
     assert abs(toy.chi_square(tokens[:, None], law)[0]) < 4
 
@@ -144,7 +144,7 @@ def test_warp_equals_plain_numpy():
     ancestors = jnp.asarray([[[j in path for j in range(3)] for path in paths]])
     assert [len(paths[p]) + 1 for p in parent] == [len(path) for path in paths[1:]]
 
-    @toy.quick_jit
+    @jax.jit
     def run(logits, sampling, seq, drafts):
         warp = Warp(sampling, Features.everything(), seq, History.of(seq, V))
         places = Slots(depth, drafts, ancestors)
@@ -174,7 +174,7 @@ def test_one_rows_nan_stays_its_own():
     seq = Sequence(jnp.zeros((rows, 4), jnp.int32), zeros + 1, zeros + 1, zeros, zeros > 0, zeros, zeros)
     features = Features(sample=True, top_k=True, top_p=True, min_p=True)
     root = Slots(jnp.zeros((1, 1), jnp.int32), jnp.zeros((rows, 0), jnp.int32), jnp.zeros((1, 1, 0), bool))
-    law = toy.quick_jit(lambda x: Warp(sampling, features, seq)(x, root))
+    law = jax.jit(lambda x: Warp(sampling, features, seq)(x, root))
     clean, poisoned = np.asarray(law(logits)), np.asarray(law(logits.at[1].set(jnp.nan)))
     np.testing.assert_array_equal(clean[[0, 2]], poisoned[[0, 2]])
     assert np.isnan(poisoned[1]).all()

@@ -17,7 +17,7 @@ MODEL = toy.Attentive(V)
 PARAMS, OTHER = MODEL.params(0), MODEL.params(1)
 TOKENS, LENGTHS = toy.prompts(0, 3, 6, V, lengths=[6, 1, 4])
 RUN = dict(config=Config(max_tokens=ROOM, temperature=0.8, eos=(5,), n=2), key=jax.random.key(3))
-generate = toy.quick_jit(decode.generate, static_argnames=("step", "config"))
+generate = jax.jit(decode.generate, static_argnames=("step", "config"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_logprobs_are_the_models_own():
         buffer[row, : n[row]] = TOKENS[row // 2, : n[row]]
         buffer[row, n[row] : n[row] + len(output)] = output
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), buffer.shape)
-    law = toy.quick_jit(lambda ids: MODEL.head(PARAMS, MODEL(PARAMS, ids, positions)[0].hidden))(jnp.asarray(buffer))
+    law = jax.jit(lambda ids: MODEL.head(PARAMS, MODEL(PARAMS, ids, positions)[0].hidden))(jnp.asarray(buffer))
     law = np.asarray(jax.nn.log_softmax(law))
     for row, output in enumerate(toy.outputs(whole)):
         for i, token in enumerate(output):

@@ -38,7 +38,7 @@ PARAMS = params()
 CORPUS = [np.random.default_rng(i).integers(0, V, 40) for i in range(12)]
 TOKENS, LENGTHS = toy.prompts(0, 3, 8, V, lengths=[1, 8, 5])
 NGRAMS = NGrams.of(CORPUS)
-program = toy.quick_jit(superpose, static_argnames=("step", "config"))
+program = jax.jit(superpose, static_argnames=("step", "config"))
 
 
 AFTER = [collections.defaultdict(collections.Counter) for _ in WEIGHTS]  # by context length: context to followers
@@ -58,7 +58,7 @@ def interpolated(tail, token):
     return total
 
 
-@toy.quick_jit
+@jax.jit
 def _logits(params, inputs, n):
     output, _ = STEP(params, inputs, jnp.where(jnp.arange(inputs.shape[1]) < n, jnp.arange(inputs.shape[1]), -1)[None])
     return STEP.head(params, output.hidden[:, n - 1])[0]
@@ -153,7 +153,7 @@ def test_planted_bugs_are_seen(monkeypatch, bug):
 
         monkeypatch.setattr(module, "_extend", wrong)
     config = CONFIGS["warm"]
-    run = toy.quick_jit(lambda: module.superpose(STEP, PARAMS, TOKENS, LENGTHS, config=config, ngrams=NGRAMS))
+    run = jax.jit(lambda: module.superpose(STEP, PARAMS, TOKENS, LENGTHS, config=config, ngrams=NGRAMS))
     want = [plain(np.asarray(row)[:n].tolist(), config)[0] for row, n in zip(TOKENS, LENGTHS, strict=True)]
     assert texts(run()) != want
 
@@ -182,7 +182,7 @@ def test_ngram_probabilities_against_counting():
     tails[::4] = rng.integers(0, V, tails[::4].shape)
     tokens = rng.integers(0, V, (40, 3))
     tokens[:, 0] = [CORPUS[i % 12][i % 30 + 5] for i in range(40)]
-    got = np.asarray(toy.quick_jit(lambda a, b: NGRAMS.probability(a, b))(jnp.asarray(tails), jnp.asarray(tokens)))
+    got = np.asarray(jax.jit(lambda a, b: NGRAMS.probability(a, b))(jnp.asarray(tails), jnp.asarray(tokens)))
     want = [[interpolated(tail.tolist(), t) for t in row.tolist()] for tail, row in zip(tails, tokens, strict=True)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert (got > 0).sum() > 40

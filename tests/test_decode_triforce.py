@@ -99,7 +99,7 @@ def test_the_retrieval_cache_follows_the_row():
     state = run.start(PARAMS, tokens, lengths, sampling=Sampling.make(4, eos=[-1]), draft_params=SMALL)
     assert isinstance(state.drafter.middle.specs[0], Retrieval)
 
-    @toy.quick_jit
+    @jax.jit
     def logits(state):
         seq, (small, middle) = state.seq, (state.drafter.small, state.drafter.middle)
         found = []

@@ -13,8 +13,8 @@ from jaxinfer.errors import ConfigError
 from tests import toy
 
 V = 5
-chain = toy.quick_jit(Chain().verify)
-run_emit = toy.quick_jit(emit)
+chain = jax.jit(Chain().verify)
+run_emit = jax.jit(emit)
 
 
 def random_tree(rng, rows, n, depth):
@@ -66,7 +66,7 @@ def test_greedy_walks_trees_and_chains():
     rows = 200
     proposal, _ = random_tree(rng, rows, 8, 4)
     law = rng.normal(size=(rows, 9, V)).astype(np.float32)
-    verdict = toy.quick_jit(lambda law, p: Greedy().verify(law, p, None))(jnp.asarray(law), proposal)
+    verdict = jax.jit(lambda law, p: Greedy().verify(law, p, None))(jnp.asarray(law), proposal)
     best = law.argmax(-1)
     tokens, parent, valid = (np.asarray(x) for x in (proposal.tokens, proposal.parent, proposal.valid))
     for row in range(rows):
@@ -81,7 +81,7 @@ def test_greedy_walks_trees_and_chains():
         assert verdict.next_token[row] == best[row, at]
     line = Proposal.of_chain(proposal.tokens[:, :4], proposal.valid[:, :4])
     as_tree = Proposal(line.tokens, line.parent, line.valid, depth=4)
-    one, two = toy.quick_jit(lambda *pair: [Greedy().verify(law[:, :5], p, None) for p in pair])(line, as_tree)
+    one, two = jax.jit(lambda *pair: [Greedy().verify(law[:, :5], p, None) for p in pair])(line, as_tree)
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 

@@ -14,7 +14,6 @@ from jaxinfer.decode.tree import slots_of
 from jaxinfer.decode.walk import along, path_to, walk
 from jaxinfer.errors import ConfigError
 from tests import drafter_checks as checks
-from tests import toy
 
 V, ROWS = 5, 20_000
 COPIES = CopySpec(gamma=1, copies=3)
@@ -92,7 +91,7 @@ def test_a_step_accepts_as_often_as_the_children_are_likely():
     tokens = jnp.broadcast_to(jnp.array([3, 1]), (ROWS, 2))
     proposal = Proposal.of_tree(tokens, jnp.zeros((1, 2)), tokens >= 0, depth=1)
     key = keys.row_keys(jax.random.key(0), jnp.arange(ROWS))
-    verdict = toy.quick_jit(Tree().verify)(jnp.broadcast_to(law, (ROWS, 3, V)), proposal, key)
+    verdict = jax.jit(Tree().verify)(jnp.broadcast_to(law, (ROWS, 3, V)), proposal, key)
     want = float(jnp.exp(law[3]) + jnp.exp(law[1]))
     assert abs(float(verdict.n_accepted.mean()) - want) < 5 * (want * (1 - want) / ROWS) ** 0.5
 
@@ -137,7 +136,7 @@ def test_typical_keeps_the_longest_likely_path():
     law = np.asarray(jax.nn.log_softmax(jnp.asarray(2 * rng.normal(size=(rows, n + 1, V)), jnp.float32)))
     proposal = Proposal.of_tree(jnp.asarray(tokens), jnp.asarray(parent), jnp.ones((rows, n), bool), depth=depth)
     rule = Typical(epsilon=0.3, delta=0.6)
-    verdict = toy.quick_jit(rule.verify)(jnp.asarray(law), proposal, keys.row_keys(jax.random.key(0), jnp.arange(rows)))
+    verdict = jax.jit(rule.verify)(jnp.asarray(law), proposal, keys.row_keys(jax.random.key(0), jnp.arange(rows)))
     p = np.exp(law.astype(np.float64))
     threshold = np.minimum(0.3, 0.6 * np.exp((p * law).sum(-1)))
     for b in range(rows):

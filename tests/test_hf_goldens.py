@@ -41,7 +41,7 @@ def write_checkpoint(config_json: dict, directory: Path) -> None:
 
 CHUNK = 8
 # Compile quickly: the programs are tiny and run once. What is computed stays the same.
-jit = functools.partial(jax.jit, static_argnames="step", compiler_options={"xla_backend_optimization_level": 0})
+jit = functools.partial(jax.jit, static_argnames="step")
 
 
 @jit

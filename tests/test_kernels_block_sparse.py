@@ -14,7 +14,6 @@ from jaxinfer.pallas_kernels.attention.block_sparse import block_sparse, blocked
 from jaxinfer.pallas_kernels.attention.block_sparse.call import turn
 from jaxinfer.pallas_kernels.attention.flash import flash
 from tests.kernel_checks import (
-    QUICK,
     assert_close,
     assert_lowers,
     assert_within_budget,
@@ -70,7 +69,7 @@ def results(name, dtype="float32", **how):
         options["slopes"] = 2.0 ** -jnp.arange(1, h + 1, dtype=jnp.float32)
     indices, counts = lists(4, rows, heads, t // block[0], s // block[1], max(1, s // block[1] - 1))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(qkv, cotangents):
         out, pull = jax.vjp(lambda *x: block_sparse(*x, indices, counts, block=block, **options, **how), *qkv)
         return out, pull(cotangents)
@@ -108,8 +107,8 @@ def test_blocked_is_the_masked_softmax_for_any_lists(heads, blocks, kind, causal
             return block_sparse(q, k, v, indices, counts, block=(8, 8), causal=causal, impl=impl)
 
         if traced:
-            return jax.jit(attend, compiler_options=QUICK)(q, k, v, indices, counts)
-        return jax.jit(lambda *x: attend(*x, indices, counts), compiler_options=QUICK)(q, k, v)
+            return jax.jit(attend)(q, k, v, indices, counts)
+        return jax.jit(lambda *x: attend(*x, indices, counts))(q, k, v)
 
     assert_close(run("blocked"), run("ref"), factor=3)
 
@@ -124,7 +123,7 @@ def test_blocks_of_rows_take_steps_together(monkeypatch):
     choose = blocked.together
     monkeypatch.setattr(blocked, "together", lambda *x: taken.append(choose(*x)) or taken[-1])
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(q, k, v):
         def both(impl):
             out, pull = jax.vjp(lambda *x: block_sparse(*x, indices, counts, block=(8, 8), impl=impl), q, k, v)
@@ -200,7 +199,7 @@ def test_all_blocks_listed_is_flash():
     indices = np.tile(np.arange(4, dtype=np.int32), (1, 1, 4, 1))
     counts = np.full((1, 1, 4), 4, np.int32)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(q, k, v):
         return block_sparse(q, k, v, indices, counts, block=(8, 8), causal=True), flash(q, k, v, causal=True)
 
@@ -213,7 +212,7 @@ def test_what_is_not_listed_is_not_read():
     indices, counts = np.array([[[[0], [2], [2], [0]]]], np.int32), np.ones((1, 1, 4), np.int32)
     poisoned = [x.at[:, :, 8:16].set(jnp.nan).at[:, :, 24:].set(jnp.nan) for x in (k, v)]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(q, k, v):
         out, pull = jax.vjp(lambda *x: block_sparse(*x, indices, counts, block=(8, 8)), q, k, v)
         return out, pull(out)
@@ -233,8 +232,8 @@ def test_traced_lists():
 
         return jax.value_and_grad(f, (0, 1, 2))(q, k, v)
 
-    known = jax.jit(lambda: loss(indices, counts), compiler_options=QUICK)()
-    assert_close(jax.jit(loss, compiler_options=QUICK)(indices, counts), known)
+    known = jax.jit(lambda: loss(indices, counts))()
+    assert_close(jax.jit(loss)(indices, counts), known)
 
 
 def test_lists_turn_round():
@@ -259,7 +258,7 @@ def test_a_list_read_too_far_is_caught():
     q, k, v = normal(10, *[(1, 1, 16, 8)] * 3)
     indices, counts = np.array([[[[0, 1], [1, 0]]]], np.int32), np.ones((1, 1, 2), np.int32)
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(impl, q, k, v, counts):
         return block_sparse(q, k, v, indices, counts, block=(8, 8), impl=impl)[0]
 

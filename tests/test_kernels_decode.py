@@ -27,8 +27,7 @@ OPTIONS = {
     "invariant": {"invariant": True, "window": 7},
 }
 # Compiling dominates these tests and the arrays are tiny: LLVM's optimisations are left out.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-quick_quantize = quick_jit(quantize, static_argnames=("bits", "tokens", "channels", "symmetric", "transposed"))
+quick_quantize = jax.jit(quantize, static_argnames=("bits", "tokens", "channels", "symmetric", "transposed"))
 
 
 def arrays(seed=0, dtype="float32", transposed=False):
@@ -39,7 +38,7 @@ def arrays(seed=0, dtype="float32", transposed=False):
 @functools.cache
 def compiled(name: str = "plain", **more):
     options = OPTIONS[name] | more
-    return quick_jit(lambda q, k, v, lengths, positions=None: decode(q, k, v, lengths, positions=positions, **options))
+    return jax.jit(lambda q, k, v, lengths, positions=None: decode(q, k, v, lengths, positions=positions, **options))
 
 
 @pytest.mark.parametrize("name", ["plain", "all", "unified, transposed"])
@@ -101,8 +100,8 @@ def test_at_once_and_in_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "SMALL", 0)
     monkeypatch.setattr(blocked, "BLOCK", 16)
     q, k, v = arrays(1)
-    chosen = quick_jit(lambda *x: decode(*x)[0])
-    kept = quick_jit(lambda *x: decode(*x, invariant=True)[0])
+    chosen = jax.jit(lambda *x: decode(*x)[0])
+    kept = jax.jit(lambda *x: decode(*x, invariant=True)[0])
     first = {chosen: [], kept: []}
     for lengths in ([80, 80, 75], [80, 6, 0]):
         lengths = jnp.array(lengths)
@@ -120,7 +119,7 @@ def test_positions():
     after = LENGTHS[:, None] + jnp.arange(T)
     out, lse = compiled("all", block=32)(q, k, v, LENGTHS, after)
     checks.assert_close((out, lse), compiled("all", impl="ref")(q, k, v, LENGTHS, after))
-    whole = quick_jit(jax.nn.dot_product_attention)(
+    whole = jax.jit(jax.nn.dot_product_attention)(
         q[:1].swapaxes(1, 2), *(x[:1].swapaxes(1, 2) for x in (k, v))
     )  # every query of row 0 sees all 80 tokens
     checks.assert_close(compiled(block=32)(q, k, v, LENGTHS, after)[0][:1], whole.swapaxes(1, 2))
@@ -172,7 +171,7 @@ def test_gradient():
     cotangents = checks.normal(6, (B, H, T, D), (B, H, T))
     options = {name: x for name, x in OPTIONS["all"].items() if name != "alibi"}
 
-    @quick_jit
+    @jax.jit
     def pull(q, k, v, slopes):
         def f(q, k, v, slopes):
             out, lse = decode(q, k, v, jnp.array([80, 2, 33]), alibi=slopes, **options)
@@ -181,7 +180,7 @@ def test_gradient():
         return jax.grad(f, (0, 1, 2, 3))(q, k, v, slopes)
 
     got = pull(q, k, v, SLOPES)
-    want = quick_jit(
+    want = jax.jit(
         jax.grad(
             lambda *x: sum(
                 jnp.vdot(a, b)
@@ -214,8 +213,8 @@ def test_gradient_of_codes():
         out, _ = decode(q, Codes(keys.values, scale, keys.offset, 4), values, LENGTHS, impl=impl)
         return (out**2).sum()
 
-    got = quick_jit(jax.grad(functools.partial(f, None), (0, 1)))(q, keys.scale)
-    step, reference = 1e-2, quick_jit(functools.partial(f, "ref"))
+    got = jax.jit(jax.grad(functools.partial(f, None), (0, 1)))(q, keys.scale)
+    step, reference = 1e-2, jax.jit(functools.partial(f, "ref"))
     for x, at in ((1, (0, 0, 1, 3)), (0, (2, 3, 1, 5))):
         bump = [jnp.zeros_like(y).at[at].set(step) if i == x else 0.0 for i, y in enumerate((q, keys.scale))]
         up, down = (reference(q + sign * bump[0], keys.scale + sign * bump[1]) for sign in (1, -1))
@@ -229,10 +228,10 @@ def test_unified_maximum_falls_back(unified_max, monkeypatch):
     q, k, v = arrays(8)
     want = compiled(impl="ref")(q, k, v, LENGTHS)
     attend = lambda *x: decode(*x, unified_max=unified_max)  # noqa: E731
-    checks.assert_close(quick_jit(attend)(q, k, v, LENGTHS), want)
+    checks.assert_close(jax.jit(attend)(q, k, v, LENGTHS), want)
     monkeypatch.setattr(api, "in_range", lambda call, lse, *_: jnp.full(lse.shape, True))
     with pytest.raises(AssertionError, match="relative errors"):
-        checks.assert_close(quick_jit(lambda *x: attend(*x))(q, k, v, LENGTHS), want)
+        checks.assert_close(jax.jit(lambda *x: attend(*x))(q, k, v, LENGTHS), want)
 
 
 @pytest.mark.parametrize("unified_max", [None, 0.0])
@@ -255,7 +254,7 @@ def test_units(counts, begin):
     assert got == [(i, begin + b) for i, n in enumerate(counts) for b in range(n)]
 
 
-_units = quick_jit(functools.partial(units, longest=12))
+_units = jax.jit(functools.partial(units, longest=12))
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -284,7 +283,7 @@ def test_stream_k(whole, counts, begin):
 
 
 _plans = {
-    whole: quick_jit(functools.partial(gpu._plan, workers=4, whole=whole)) for whole in (False, True)
+    whole: jax.jit(functools.partial(gpu._plan, workers=4, whole=whole)) for whole in (False, True)
 }  # the tables of Hopper's persistent grid, which any jax can compute
 
 
@@ -299,7 +298,7 @@ def test_planted_bug(monkeypatch):
 
     monkeypatch.setattr(blocked, "units", forgetful)
     with pytest.raises(AssertionError, match="relative errors"):
-        checks.assert_close(quick_jit(lambda *x: decode(*x, block=16))(q, k, v, LENGTHS), want)
+        checks.assert_close(jax.jit(lambda *x: decode(*x, block=16))(q, k, v, LENGTHS), want)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,7 @@ def test_tpu_interpreted_gradient():
     def f(impl, q, k, v):
         return (decode(q, k, v, LENGTHS, impl=impl, interpret=impl == "tpu")[0] ** 2).sum()
 
-    got, want = (quick_jit(jax.grad(functools.partial(f, impl), (0, 1, 2)))(q, k, v) for impl in ("tpu", "blocked"))
+    got, want = (jax.jit(jax.grad(functools.partial(f, impl), (0, 1, 2)))(q, k, v) for impl in ("tpu", "blocked"))
     checks.assert_close(got, want)
 
 

@@ -15,7 +15,6 @@ from jaxinfer.pallas_kernels.attention.combine import combine
 from jaxinfer.pallas_kernels.attention.flash import api, flash
 from jaxinfer.pallas_kernels.attention.flash.arg_specs import SPECS
 from tests.kernel_checks import (
-    QUICK,
     assert_close,
     assert_lowers,
     assert_within_budget,
@@ -55,7 +54,7 @@ def results(name, dtype="float32", **how):
     """Both results and the three gradients, of one compiled program."""
     qkv, cotangents, options = problem(name, dtype)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(qkv, cotangents):
         out, pull = jax.vjp(lambda *x: flash(*x, **options, **how), *qkv)
         return out, pull(cotangents)
@@ -87,7 +86,7 @@ def test_blocked_is_the_softmax_at_any_shape(heads, lengths, options, whole):
         }
 
     def run(impl):
-        return jax.jit(lambda *x: flash(*x, **options, impl=impl, block=(16, 8)), compiler_options=QUICK)(q, k, v)
+        return jax.jit(lambda *x: flash(*x, **options, impl=impl, block=(16, 8)))(q, k, v)
 
     assert_close(run("blocked"), run("ref"), factor=3)
 
@@ -136,7 +135,7 @@ def test_splash_is_the_softmax(options):
     q, k, v, dout = normal(4, (1, 2, 128, 64), *[(1, 1, 256, 64)] * 2, (1, 2, 128, 64), dtype="bfloat16")
 
     def run(impl):
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def both(q, k, v, dout):
             def attend(*x):
                 return flash(*x, **options, impl=impl, interpret=impl == "splash")
@@ -225,7 +224,7 @@ def test_parts_combine():
     """Attention over two halves of the keys, merged, is attention over all of them."""
     (q, k, v), _, _ = problem("full")
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(q, k, v):
         halves = [flash(q, k[:, :, at], v[:, :, at], block=(24, 40)) for at in (slice(0, 13), slice(13, None))]
         return combine(halves), flash(q, k, v, impl="ref")

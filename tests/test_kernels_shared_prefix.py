@@ -28,7 +28,6 @@ OPTIONS = {
     "transposed": {"transposed": True, "block": 16},
 }
 # Compiling dominates these tests and the arrays are tiny: LLVM's optimisations are left out.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def arrays(seed=0, transposed=False, dtype="float32"):
@@ -39,7 +38,7 @@ def arrays(seed=0, transposed=False, dtype="float32"):
 
 @functools.cache
 def compiled(name, impl=None):
-    @quick_jit
+    @jax.jit
     def f(arrays, paths, prefix_lengths, suffix_lengths):
         lengths = {"prefix_lengths": prefix_lengths, "suffix_lengths": suffix_lengths}
         return shared_prefix(*arrays, paths=paths, impl=impl, **lengths, **OPTIONS[name])
@@ -59,7 +58,7 @@ def copied(arrays, paths, prefix_lengths, suffix_lengths, **options):
             text = np.concatenate([*(prefix[n, :, :size] for n, size in live), suffix[b, :, :own]], 1)
             full[b, :, : text.shape[1]] = text
         lengths.append(sum(size for _, size in live) + own)
-    return quick_jit(functools.partial(decode, impl="ref", **options))(q, k, v, jnp.array(lengths))
+    return jax.jit(functools.partial(decode, impl="ref", **options))(q, k, v, jnp.array(lengths))
 
 
 @pytest.mark.slow
@@ -92,10 +91,10 @@ def test_any_paths(name, data):
 def test_one_prefix():
     """Hydragen's own case: one prefix for all rows, no paths."""
     q, pk, pv, sk, sv = arrays(2, dtype="bfloat16")
-    got = quick_jit(shared_prefix)(q, pk[:1], pv[:1], sk, sv)
+    got = jax.jit(shared_prefix)(q, pk[:1], pv[:1], sk, sv)
     assert got[0].dtype == jnp.bfloat16
 
-    @quick_jit
+    @jax.jit
     def written_out(q, pk, pv, sk, sv):
         k, v = (jnp.concatenate([jnp.broadcast_to(x[:1], (B, G, P, D)), y], 2) for x, y in ((pk, sk), (pv, sv)))
         return decode(q, k, v, impl="ref")
@@ -106,7 +105,7 @@ def test_one_prefix():
 @pytest.mark.slow
 def test_invariant_rows():
     """A row's bits are the same whoever shares its prefixes, however long they are, wherever in the batch it stands."""
-    attend = quick_jit(
+    attend = jax.jit(
         lambda x, paths, prefix, suffix: shared_prefix(
             *x, paths=paths, prefix_lengths=prefix, suffix_lengths=suffix, invariant=True, block=16, window=30
         )
@@ -141,7 +140,7 @@ def test_pack(prefixes):
             assert members.prefix[members.slot[i] // 2] == n
 
 
-_pack = quick_jit(functools.partial(pack, count=4, size=2))
+_pack = jax.jit(functools.partial(pack, count=4, size=2))
 
 
 @pytest.mark.slow
@@ -150,7 +149,7 @@ def test_gradient():
     cotangents = checks.normal(4, (B, H, T, D), (B, H, T))
     suffix = jnp.maximum(SUFFIX_LENGTHS, 2)  # every query sees a key: jax's own gradient of an empty softmax is NaN
 
-    @quick_jit
+    @jax.jit
     def pull(arrays, slopes):
         def f(arrays, slopes):
             out, lse = shared_prefix(
@@ -180,7 +179,7 @@ def test_gradient():
         out = jnp.einsum("bhtc,bhcd->bhtd", jax.nn.softmax(score), v)
         return jnp.vdot(out, cotangents[0]) + jnp.vdot(jax.nn.logsumexp(score, -1), cotangents[1])
 
-    want = quick_jit(jax.grad(written_out, (0, 1)))(arrays(3), SLOPES)
+    want = jax.jit(jax.grad(written_out, (0, 1)))(arrays(3), SLOPES)
     checks.assert_close(pull(arrays(3), SLOPES), want)
 
 
@@ -195,7 +194,7 @@ def test_planted_bug(monkeypatch):
 
     monkeypatch.setattr(packed, "pack", shifted)
     options = {"prefix_lengths": PREFIX_LENGTHS, "suffix_lengths": SUFFIX_LENGTHS}
-    got = quick_jit(lambda x: shared_prefix(*x, paths=PATHS, **options))(arrays())
+    got = jax.jit(lambda x: shared_prefix(*x, paths=PATHS, **options))(arrays())
     with pytest.raises(AssertionError, match="relative errors"):
         checks.assert_close(got, want)
 
@@ -224,7 +223,7 @@ def test_bad_input(change, message):
 def test_tpu_interpreted():
     lengths = PATHS, PREFIX_LENGTHS, SUFFIX_LENGTHS
     options = {"prefix_lengths": PREFIX_LENGTHS, "suffix_lengths": SUFFIX_LENGTHS, "window": 30}
-    got = quick_jit(functools.partial(shared_prefix, paths=PATHS, impl="tpu", interpret=True, **options))(*arrays(5))
+    got = jax.jit(functools.partial(shared_prefix, paths=PATHS, impl="tpu", interpret=True, **options))(*arrays(5))
     checks.assert_close(got, copied(arrays(5), *lengths, window=30))
 
 

@@ -19,7 +19,6 @@ LENGTHS = jnp.array([48, 5])
 SLOPES = jnp.array([0.5, 0.25, 0.125, 0.0625])
 OPTIONS = {"plain": {}, "all": {"window": 9, "softcap": 2.0, "alibi": SLOPES, "scale": 0.4, "transposed": True}}
 # Compiling dominates these tests and the arrays are tiny: LLVM's optimisations are left out.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def arrays(nodes, seed=0, transposed=False):
@@ -40,7 +39,7 @@ def ancestors_of(parents):
 
 @functools.cache
 def compiled(name, impl=None):
-    return quick_jit(lambda x, bits, lengths: tree(*x, bits, lengths, impl=impl, **OPTIONS[name]))
+    return jax.jit(lambda x, bits, lengths: tree(*x, bits, lengths, impl=impl, **OPTIONS[name]))
 
 
 @pytest.mark.smoke
@@ -62,14 +61,14 @@ def test_equals_boolean_mask(name, data):
     assert not np.asarray(got[0])[padding].any() and np.isneginf(np.asarray(got[1])[padding]).all()
 
 
-_pack, _unpack = quick_jit(pack_ancestors), quick_jit(unpack_ancestors)
+_pack, _unpack = jax.jit(pack_ancestors), jax.jit(unpack_ancestors)
 
 
 @pytest.mark.slow
 def test_invariant_rows():
     """A row's bits are the same whatever the other row's length and tree."""
     x = arrays(4, seed=6)
-    attend = quick_jit(lambda *x: tree(*x, invariant=True, block=16, softcap=2.0))
+    attend = jax.jit(lambda *x: tree(*x, invariant=True, block=16, softcap=2.0))
     trees = [_pack(np.stack([ancestors_of([-1, 0, 0, 2]), ancestors_of(row)])) for row in ([-1] * 4, [None] * 4)]
     want, got = (attend(*x, bits, jnp.array([37, n])) for bits, n in zip(trees, (48, 0), strict=True))
     assert all((a[0] == b[0]).all() for a, b in zip(got, want, strict=True))
@@ -82,7 +81,7 @@ def test_a_path_is_decode():
     k, v = (x[:, :, :40] for x in (k, v))
     bits = _pack(ancestors_of([-1, 0, 1, 2])[None])
     lengths = jnp.array([40, 40])
-    trees, decoded = quick_jit(tree), quick_jit(decode)
+    trees, decoded = jax.jit(tree), jax.jit(decode)
     out = trees(q, k, v, nk, nv, bits, lengths)
     full = [jnp.concatenate([x, y], 2) for x, y in ((k, nk), (v, nv))]
     checks.assert_close(out, decoded(q, *full, jnp.array([44, 44])))
@@ -95,10 +94,10 @@ def test_a_path_is_decode():
 def test_codes():
     """The cache may be codes, and the nodes are not."""
     q, k, v, nk, nv = arrays(4, seed=2, transposed=True)
-    keys = quick_jit(functools.partial(quantize, bits=4, tokens=16, channels=1, transposed=True))(k)
-    values = quick_jit(quantize)(v)
+    keys = jax.jit(functools.partial(quantize, bits=4, tokens=16, channels=1, transposed=True))(k)
+    values = jax.jit(quantize)(v)
     bits = _pack(ancestors_of([-1, 0, 0, 2])[None])
-    forms = (quick_jit(functools.partial(tree, transposed=True, impl=impl)) for impl in (None, "ref"))
+    forms = (jax.jit(functools.partial(tree, transposed=True, impl=impl)) for impl in (None, "ref"))
     got, want = (form(q, keys, values, nk, nv, bits, LENGTHS) for form in forms)
     checks.assert_close(got, want)
 
@@ -113,7 +112,7 @@ def test_gradient():
     def f(x, impl):
         return jnp.vdot(tree(*x, bits, jnp.array([48, 0]), impl=impl)[0], cotangent)
 
-    got, want = (quick_jit(jax.grad(f), static_argnums=1)(x, impl) for impl in (None, "ref"))
+    got, want = (jax.jit(jax.grad(f), static_argnums=1)(x, impl) for impl in (None, "ref"))
     checks.assert_close(got, want)
 
 
@@ -121,11 +120,11 @@ def test_planted_bug(monkeypatch):
     """Negative control: bits read from the wrong end are caught."""
     x = arrays(5, seed=3)
     bits = _pack(ancestors_of([-1, 0, 0, 1, 3])[None])
-    want = quick_jit(functools.partial(tree, impl="ref"))(*x, bits, LENGTHS)
-    checks.assert_close(quick_jit(tree)(*x, bits, LENGTHS), want)
+    want = jax.jit(functools.partial(tree, impl="ref"))(*x, bits, LENGTHS)
+    checks.assert_close(jax.jit(tree)(*x, bits, LENGTHS), want)
     mirrored = _unpack(bits)[..., ::-1]
     monkeypatch.setattr("jaxinfer.pallas_kernels.attention.tree.api.unpack_ancestors", lambda _: mirrored)
-    got = quick_jit(lambda *x: tree(*x))(*x, bits, LENGTHS)
+    got = jax.jit(lambda *x: tree(*x))(*x, bits, LENGTHS)
     with pytest.raises(AssertionError, match="relative errors"):
         checks.assert_close(got, want)
 
@@ -162,5 +161,5 @@ def test_lowers(platform):
 def test_tpu_interpreted():
     x = arrays(35, seed=5)
     bits = _pack(ancestors_of([-1, *range(34)])[None])
-    got = quick_jit(functools.partial(tree, impl="tpu", interpret=True))(*x, bits, LENGTHS)
+    got = jax.jit(functools.partial(tree, impl="tpu", interpret=True))(*x, bits, LENGTHS)
     checks.assert_close(got, compiled("plain", "ref")(x, bits, LENGTHS))

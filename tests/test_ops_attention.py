@@ -1,7 +1,6 @@
 """Attention over parts: the oracle against float64 loops, `attend` and `combine` against both, masks, gradients."""
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ import pytest
 from jaxinfer import ops
 
 # The claims are about values, not speed: without LLVM's optimisations these tests take half the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, H, G, T, C, D = 2, 4, 2, 5, 12, 8
 PLAIN = ops.AttentionSpec(H, G, D, D**-0.5)
 SPECS = {
@@ -109,7 +107,7 @@ def test_attend_equals_the_oracle_equals_loops(name, inputs):
     """Oracle = loops; one joint softmax over any cut of the keys = the oracle; so is merging separate parts."""
     spec = SPECS[name]
 
-    @quick_jit
+    @jax.jit
     def every_way(x):
         distance = x.q_positions[:, None, :, None] - x.k_positions[:, None, None]
         pieces = segments(spec, x, (2, 3, 3))  # two keys, one, none and the rest
@@ -128,7 +126,7 @@ def test_attend_equals_the_oracle_equals_loops(name, inputs):
 def test_a_wrong_head_map_would_be_seen(inputs):
     """Negative control: with key heads read in another order the loops disagree."""
     swapped = inputs._replace(k=inputs.k[:, ::-1], v=inputs.v[:, ::-1])
-    part = quick_jit(lambda x: ops.attend(PLAIN, x.q, segments(PLAIN, x, ())))(swapped)
+    part = jax.jit(lambda x: ops.attend(PLAIN, x.q, segments(PLAIN, x, ())))(swapped)
     assert np.abs(np.asarray(part.out) - loops(PLAIN, inputs)[0]).max() > 0.1
 
 
@@ -136,7 +134,7 @@ def test_a_segment_may_bring_its_own_queries(inputs):
     """Sinks are seen from another position: the segment's `q` replaces the call's."""
     spec = SPECS["rope"]
 
-    @quick_jit
+    @jax.jit
     def attended(x):
         (whole,) = segments(spec, x, ())
         return ops.attend(spec, rotated(spec, x), [whole._replace(q=spec.rotate(x.q, x.q_positions - 2))])
@@ -148,7 +146,7 @@ def test_a_segment_may_bring_its_own_queries(inputs):
 def test_empty_rows(inputs):
     """A query that sees nothing gives zeros and -inf, alone, joined and merged, and changes no other part."""
 
-    @quick_jit
+    @jax.jit
     def merged(x):
         part = ops.attend(PLAIN, x.q, segments(PLAIN, x, ()))
         nothing = ops.Part(jnp.zeros_like(part.out), jnp.full_like(part.lse, -jnp.inf))
@@ -184,7 +182,7 @@ def test_gradients(name, inputs):
         part = ops.attend_naive(spec, q, k, v, distance, visible, TABLE)
         return 2 * loss(ops.Part(jnp.where(live[..., None], part.out, 0.0), part.lse))
 
-    got, want = quick_jit(lambda *qkv: [jax.grad(f, (0, 1, 2))(*qkv) for f in (ours, theirs)])(x.q, x.k, x.v)
+    got, want = jax.jit(lambda *qkv: [jax.grad(f, (0, 1, 2))(*qkv) for f in (ours, theirs)])(x.q, x.k, x.v)
     for g, w in zip(got, want, strict=True):
         assert np.isfinite(np.asarray(g)).all()
         np.testing.assert_allclose(g, w, atol=2e-5)
@@ -193,7 +191,7 @@ def test_gradients(name, inputs):
 def test_half_precision_keeps_float32_sums(inputs):
     """bfloat16 keys and values: out in the activations' dtype, lse in float32, within bfloat16's rounding."""
 
-    @quick_jit
+    @jax.jit
     def attended(x):
         wide = segments(PLAIN, x, (5,))
         narrow = [s._replace(k=s.k.astype(jnp.bfloat16), v=s.v.astype(jnp.bfloat16)) for s in wide]

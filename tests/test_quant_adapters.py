@@ -1,7 +1,6 @@
 """Adapters as leaves: each kind starts as its base, equals its dense form in value and gradient, merges, unmerges."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -18,7 +17,6 @@ KEY = jax.random.key(0)
 KINDS = {"lora": quant.Lora(4, alpha=8), "paca": quant.Paca(4), "soka": quant.Soka(3), "hydra": quant.Hydra(4, alpha=2)}
 BASES = {"array": lambda w: w, "int4": quant.Int4(group=8).quantize}
 # Compiling dominates these tests: LLVM's optimisations are left out where rounding is no claim.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = jnp.array([4, 2], jnp.int32)
 
 
@@ -56,7 +54,7 @@ def fresh():
     return leaves_of_all_kinds()
 
 
-use_all = quick_jit(lambda tree: {key: used(leaf) for key, leaf in tree.items()})
+use_all = jax.jit(lambda tree: {key: used(leaf) for key, leaf in tree.items()})
 
 
 def test_a_fresh_adapter_is_exactly_its_base(fresh):
@@ -108,7 +106,7 @@ def test_gradients_are_the_dense_gradient_projected(fresh):
     tree = {key: moved(leaf) for key, leaf in fresh.items() if key[1] != "experts"}
     parts = {key: [part["w"] for part in quant.split({"w": leaf})] for key, leaf in tree.items()}
     grad = jax.grad(value, (0, 1))
-    ours = quick_jit(lambda parts: {key: grad(t, X, f) for key, (t, f) in parts.items()})(parts)
+    ours = jax.jit(lambda parts: {key: grad(t, X, f) for key, (t, f) in parts.items()})(parts)
     for key, leaf in tree.items():
         dense = np.asarray(ops.materialize(leaf), np.float64)
         dy = np.cos(np.asarray(X) @ dense)

@@ -17,7 +17,6 @@ from jaxinfer.sharding import overlap
 from jaxinfer.sharding.collectives import collectives
 from jaxinfer.sharding.overlap import OverlappedStep, all_gather_matmul, matmul_reduce_scatter
 from jaxinfer.sharding.rules import TENSOR, shardings
-from tests.toy import quick_jit
 
 DEVICES = 4
 CONFIG = ModelConfig(
@@ -69,7 +68,7 @@ def operands():
 
 
 def compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(function).lower(*arguments).compile()
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -110,7 +109,7 @@ def test_a_ring_that_turns_the_wrong_way_is_caught(operands, monkeypatch):
         return jnp.roll(gathered(x, product, axis, dim, way), 1, dim)
 
     monkeypatch.setattr(overlap, "_gathered", wrong)
-    found = quick_jit(sharded_block(False))(*operands)
+    found = jax.jit(sharded_block(False))(*operands)
     assert float(jnp.abs(found - plain_block(*operands)).max()) > 0.1
 
 
@@ -133,7 +132,7 @@ def test_a_decoder_of_collective_matmuls_is_the_same_decoder(decoder):
     step, params, devices, ids, sharded = decoder
     rows = jax.device_put(ids, NamedSharding(devices, P("data")))
     program = compiled(lambda p, ids: logits(OverlappedStep(step, devices), p, ids), sharded, rows)
-    expected = quick_jit(logits, static_argnums=0)(step, params, ids)
+    expected = jax.jit(logits, static_argnums=0)(step, params, ids)
     np.testing.assert_allclose(program(sharded, rows), expected, atol=1e-5 * float(jnp.abs(expected).max()))
     found = collectives(program)
     assert {one.kind for one in found} == {"collective-permute"}
@@ -150,7 +149,7 @@ def test_its_gradients_are_the_same(decoder):
         return jax.grad(lambda p: jnp.square(logits(step, p, ids)).mean())
 
     program = compiled(loss(OverlappedStep(step, devices, bidirectional=True)), sharded)
-    found, expected = program(sharded), quick_jit(loss(step))(params)
+    found, expected = program(sharded), jax.jit(loss(step))(params)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()), err_msg=str(path))
     # Norms and biases, which every device holds, are summed; no activation and no matrix is.
@@ -164,7 +163,7 @@ def test_it_decodes_token_for_token(decoder):
     """The decoding loop as for any step: a token a row is split over the rows."""
     step, params, devices, ids, sharded = decoder
     lengths, config = jnp.asarray([8, 3, 1, 5], jnp.int32), decode.Config(max_tokens=6)
-    generate = quick_jit(decode.generate, static_argnames=("step", "config"))
+    generate = jax.jit(decode.generate, static_argnames=("step", "config"))
     expected = generate(step, params, ids, lengths, config=config, key=jax.random.key(0))
     found = generate(OverlappedStep(step, devices), sharded, ids, lengths, config=config, key=jax.random.key(0))
     np.testing.assert_array_equal(found.tokens, expected.tokens)

@@ -23,7 +23,6 @@ from jaxinfer.sharding.rules import REPLICATED, TENSOR
 from jaxinfer.sharding.stages import Stages
 from jaxinfer.train import lm
 from jaxinfer.train.loop import Recipe, init_state, make_train_step
-from tests.toy import quick_jit
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48, max_length=32,
@@ -68,7 +67,7 @@ def assert_same_gradients(found, expected):
 
 def by_one_device(step, params, batch):
     objective = lm.NextToken(step)
-    return quick_jit(jax.value_and_grad(objective, has_aux=True))(params, batch, jax.random.key(0))
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def dense():
 
 
 def run_loss(loss, params, batch):
-    (value, metrics), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(params, batch, jax.random.key(0))
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, jax.random.key(0))
     return value, metrics, cut.merge(grads, loss.stages)
 
 
@@ -121,7 +120,7 @@ def test_four_stages_of_experts_train_as_one_device_does():
 
     def trained(objective, params):
         recipe = Recipe(objective, batches.__getitem__, optax.sgd(0.1, momentum=0.9))
-        state, update = init_state(params, recipe, jax.random.key(0)), quick_jit(make_train_step(recipe))
+        state, update = init_state(params, recipe, jax.random.key(0)), jax.jit(make_train_step(recipe))
         for batch in batches:
             state, metrics = update(state, batch)
         return state.params, float(metrics["loss"])
@@ -161,7 +160,7 @@ def test_one_f_one_b_keeps_as_many_inputs_as_stages():
 def test_memory_of_one_f_one_b_does_not_grow_with_micro_batches():
     def temporary(schedule, microbatches):
         program, shape = memory_program(schedule, microbatches)
-        compiled = program.lower().compile(compiler_options={"xla_backend_optimization_level": 0})
+        compiled = program.lower().compile()
         return compiled.memory_analysis().temp_size_in_bytes / (4 * np.prod(shape))
 
     assert temporary("1f1b", 16) - temporary("1f1b", 4) < 1
@@ -175,7 +174,7 @@ def test_activations_travel_by_permutes_and_gradients_are_summed_once(dense):
     devices, stages = mesh(data=2, stage=2), Stages((1, 1))
     staged = placed(step, params, devices, stages, REPLICATED)
     program = jax.jit(PipelineLoss(step, devices, stages, 4, data="data").value_and_grad).lower(staged, batch)
-    found = collectives(program.compile(compiler_options={"xla_backend_optimization_level": 0}))
+    found = collectives(program.compile())
     ticks, activation = 2 * (4 + 2 - 1), 1 * 8 * config.hidden_size * 4
     permutes = [one for one in found if one.kind == "collective-permute"]
     assert {one.nbytes for one in permutes} == {activation}

@@ -26,7 +26,6 @@ from jaxinfer.sharding.layer_reader import Reader
 from jaxinfer.sharding.layer_stream import LayerFiles
 from jaxinfer.sharding.rules import TENSOR
 from jaxinfer.sharding.streamer import Block, Streamer
-from tests.toy import quick_jit
 
 HERE = Path(__file__).parent
 write_checkpoint = runpy.run_path(str(HERE / "test_hf_goldens.py"))["write_checkpoint"]
@@ -183,7 +182,7 @@ def forward(step):
         output, blocks = step(params, ids, positions, cache, taps=(0, step.config.num_layers - 1))
         return step.head(params, output.hidden), output.taps, output.notes, blocks
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 def inputs(config):
@@ -269,7 +268,7 @@ def decoded(directories):
     prompts = jax.random.randint(jax.random.key(2), (3, 9), 1, config.vocab_size)
     lengths, key = jnp.asarray([9, 4, 6]), jax.random.key(3)
     settings = decode.Config(max_tokens=16, temperature=0.7, drafter=decode.CopySpec(gamma=2))
-    generate = quick_jit(decode.generate, static_argnames=("step", "config"))
+    generate = jax.jit(decode.generate, static_argnames=("step", "config"))
 
     def run(step, params):
         return generate(step, params, prompts, lengths, config=settings, key=key)

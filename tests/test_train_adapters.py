@@ -1,6 +1,5 @@
 """The adapter recipe: only adapters move, every kind learns and resumes to the bit, and the command writes a folder."""
 
-import functools
 import hashlib
 import json
 import shutil
@@ -27,7 +26,6 @@ KEY = jax.random.key(0)
 KINDS = {"lora": quant.Lora(4), "paca": quant.Paca(4), "soka": quant.Soka(), "hydra": quant.Hydra(4)}
 STEPS = 6
 # Compiling dominates these tests: LLVM's optimisations are left out where bits are no claim.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def adapted(kind):
@@ -67,7 +65,7 @@ def test_only_the_adapters_move(kind):
     params, recipe, state = make(kind)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
     assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == shapes  # nothing for the frozen
-    step = quick_jit(loop.make_train_step(recipe), donate_argnums=0)
+    step = jax.jit(loop.make_train_step(recipe), donate_argnums=0)
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, batch(0), recipe.frozen)

@@ -28,7 +28,6 @@ from jaxinfer.train.chunkwise_sampling import Draw, Sampling
 from jaxinfer.train.data import pack
 from tests import compiling
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LENGTH, CHUNK = 18, 5  # four chunks, the last of them of three tokens
 # A window that ends within a chunk and one layer that sees everything, three documents in two rows, heads in groups.
 DENSE = {"windows": (7, None), "tie_embeddings": True}
@@ -71,7 +70,7 @@ def mean_loss(step, params, batch):
 
 def whole(step):
     """The oracle's value and gradients."""
-    return quick_jit(jax.value_and_grad(functools.partial(mean_loss, step)))
+    return jax.jit(jax.value_and_grad(functools.partial(mean_loss, step)))
 
 
 def distance(found, wanted):
@@ -93,7 +92,7 @@ class Toy:
             self.step, self.params = model(**DENSE)
             objective = Chunkwise(self.step, CHUNK, sampling=Sampling(2), rows=3, panel=4)
             self.tokens = chunkwise.cut(packed(), CHUNK, 4)
-            self.run = quick_jit(functools.partial(chunkwise.value_and_grad, objective))
+            self.run = jax.jit(functools.partial(chunkwise.value_and_grad, objective))
             self.loss, self.exact = whole(self.step)(self.params, packed())
 
     def grads(self, mask, loss, relay):
@@ -134,7 +133,7 @@ def test_every_family_in_float64(family):
         step, params = model(**FAMILIES[family])
         value, exact = whole(step)(params, packed())
         objective = Chunkwise(step, CHUNK, rows=3, panel=4)
-        (loss, _), grads = quick_jit(jax.value_and_grad(objective, has_aux=True))(params, packed(), None)
+        (loss, _), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params, packed(), None)
         assert abs(loss - value) < 1e-12 and distance(grads, exact) < 1e-12
 
 
@@ -219,9 +218,9 @@ def test_adapters_over_quantized_weights_are_trained_alone():
     adapted = quant.adapt(base, [(r".*/attention/[qv]", quant.Lora(rank=2))], jax.random.key(0))
     trained, frozen = quant.split(adapted)
     trained = jax.tree.map(lambda x: x + 0.1, trained)
-    reference = quick_jit(jax.grad(lambda t, f, b: mean_loss(step, quant.join(t, f), b)))
+    reference = jax.jit(jax.grad(lambda t, f, b: mean_loss(step, quant.join(t, f), b)))
     objective = Chunkwise(step, CHUNK, rows=8, panel=8)
-    run = quick_jit(jax.grad(lambda t, f, b: objective(t, b, None, f)[0]))
+    run = jax.jit(jax.grad(lambda t, f, b: objective(t, b, None, f)[0]))
     found = run(trained, frozen, packed())
     assert distance(found, reference(trained, frozen, packed())) < 1e-5
     assert jax.tree.structure(found) == jax.tree.structure(trained)

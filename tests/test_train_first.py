@@ -13,7 +13,6 @@ from jaxinfer.ops.attention import Segments
 from jaxinfer.quant.adapter import adapt, split
 from jaxinfer.quant.lora import Lora
 from jaxinfer.train import data, first, lm, loop
-from tests import toy
 
 LAYERS = 2
 STEP = Step(ModelConfig(
@@ -50,14 +49,14 @@ def test_routers_learn_what_can_be_spared_and_resume_to_the_bit(params, tmp_path
     whole = trained(recipe, start, tmp_path / "whole", 20)
     resumed = trained(recipe, start, tmp_path / "cut", 20, cut=8)
     jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
-    objective = toy.quick_jit(recipe.objective)
+    objective = jax.jit(recipe.objective)
     before, all_layers = objective(start, DATA(7), None, params)
     after, fewer = objective(whole.params, DATA(7), None, params)
     assert float(all_layers["layers"]) == LAYERS and float(fewer["layers"]) < LAYERS
     assert float(after) < float(before)
     # What was trained is what a decoder decides.
     batch = DATA(7)
-    rho = toy.quick_jit(First(STEP).route)({**params, "first": whole.params}, batch["ids"], batch["prompt"])
+    rho = jax.jit(First(STEP).route)({**params, "first": whole.params}, batch["ids"], batch["prompt"])
     assert float((rho >= 0.5).sum(1).mean()) == float(fewer["layers"])
 
 
@@ -103,10 +102,10 @@ def test_the_gradient_of_rho_is_that_of_the_working_form(params):
 
     bias = jnp.array([0.5, 1.5])
     slope = jax.nn.sigmoid(bias) * (1 - jax.nn.sigmoid(bias))
-    got = toy.quick_jit(jax.grad(hard))(bias)
-    want = toy.quick_jit(jax.grad(lambda rho: loss_at(params, rho)))(jnp.ones(LAYERS)) * slope
+    got = jax.jit(jax.grad(hard))(bias)
+    want = jax.jit(jax.grad(lambda rho: loss_at(params, rho)))(jnp.ones(LAYERS)) * slope
     np.testing.assert_allclose(got, want, rtol=1e-4)
-    printed = toy.quick_jit(jax.grad(lambda rho: loss_at(params, rho, mixture=True)))(jnp.ones(LAYERS))
+    printed = jax.jit(jax.grad(lambda rho: loss_at(params, rho, mixture=True)))(jnp.ones(LAYERS))
     np.testing.assert_allclose(printed, 0, atol=1e-6)  # the equation as printed trains nothing
 
 

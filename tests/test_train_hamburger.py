@@ -12,7 +12,6 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.hamburger import Hamburger, load_parts, save_parts
 from jaxinfer.models.step import Step
 from jaxinfer.train import data, hamburger, lm, loop
-from tests import toy
 
 V, SIZE, END = 32, 4, 0
 STEP = Step(ModelConfig(
@@ -88,10 +87,10 @@ def test_the_loss_is_that_of_groups_taken_one_by_one(params):
     """Document by document, group by group, each with the forward of a batch of its own."""
     windows, begins, trained = small_batch()
     batch = hamburger.group(windows, begins, trained, size=SIZE, steps=8, micro=3)
-    objective = toy.quick_jit(hamburger.Smash(MODEL))
+    objective = jax.jit(hamburger.Smash(MODEL))
     loss, metrics = objective(params, batch, None)
 
-    @toy.quick_jit
+    @jax.jit
     def write(tokens, sizes, positions, target, count):
         output, _ = MODEL.macro(params, tokens[None], sizes[None], positions[None])
         hidden = MODEL.micro_hidden(params, MODEL.features(params, output)[:, count - 1], target[None])
@@ -118,7 +117,7 @@ def test_the_loss_is_that_of_groups_taken_one_by_one(params):
 
 
 def test_a_group_of_one_is_the_plain_embedding_and_others_know_their_order(params):
-    merge = toy.quick_jit(MODEL.merge)
+    merge = jax.jit(MODEL.merge)
     tokens, n = jnp.asarray([[5, 6, 7, 8], [5, 9, 9, 9], [6, 5, 0, 0], [5, 6, 1, 2]]), jnp.asarray([1, 1, 2, 2])
     found = merge(params, tokens, n)
     embedding = np.asarray(params["base"]["embedding"])

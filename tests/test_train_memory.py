@@ -19,7 +19,6 @@ from jaxinfer.train import disk_offload, lm, loop
 from jaxinfer.train.activation_store import ActivationStore, sweep
 from jaxinfer.train.disk_offload import OffloadStep, keep_from, offloaded, profiled
 from jaxinfer.train.remat import POLICIES, remat
-from tests.toy import quick_jit
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=96, max_length=128
@@ -41,7 +40,7 @@ def gradient(step):
     def run(params, batch):
         return jax.grad(lambda p: lm.NextToken(step)(p, batch, None)[0])(params)
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +153,7 @@ def test_under_accumulation_in_the_training_loop(training, tmp_path):
         def updated(step):
             recipe = loop.Recipe(lm.NextToken(step), lambda i: parts, optax.sgd(0.1), accumulate=2)
             state = loop.init_state(params, recipe, jax.random.key(0))
-            return quick_jit(loop.make_train_step(recipe))(state, parts)[0].params
+            return jax.jit(loop.make_train_step(recipe))(state, parts)[0].params
 
         found, expected = updated(OffloadStep.of(STEP, store, smallest=1000)), updated(STEP)
         assert difference(found, expected) < 1e-6

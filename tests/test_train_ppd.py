@@ -14,7 +14,6 @@ from jaxinfer.models import ModelConfig, Step
 from jaxinfer.models.heads import TargetShape, load_head, save_head
 from jaxinfer.models.heads.ppd import PPDHead
 from jaxinfer.train import data, heads, loop, ppd
-from tests import toy
 
 V, LENGTH = 12, 24
 STEP = Step(
@@ -24,9 +23,7 @@ STEP = Step(
     )
 )  # fmt: skip
 HEAD = PPDHead(TargetShape.of(STEP.config), prompts=2, copies=2)
-PARAMS = toy.quick_jit(lambda key: jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, STEP.init(key)))(
-    jax.random.key(0)
-)
+PARAMS = jax.jit(lambda key: jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, STEP.init(key)))(jax.random.key(0))
 
 
 def batch(seed=0, rows=3):
@@ -40,19 +37,19 @@ def own(seed=1):
     return HEAD.init(jax.random.key(seed), heads.output_matrix(STEP, PARAMS))
 
 
-@toy.quick_jit
+@jax.jit
 def guesses(params, found, points):
     return HEAD.guesses(params, STEP, PARAMS, found, points)
 
 
-@toy.quick_jit
+@jax.jit
 def target_logits(found):
     """Of the text alone: hidden states, and the logits after each place."""
     seen = heads.look(STEP, PARAMS, found)
     return seen.hidden, seen.logits
 
 
-@toy.quick_jit
+@jax.jit
 def one_chain(text, start, point, prompts):
     """Logits f32[copies, 2, V] of the prompt tokens after `text[start : point + 1]`, one copy at a time and alone."""
     index = jnp.arange(text.shape[0])
@@ -81,7 +78,7 @@ def test_many_points_in_one_forward_equal_each_alone():
 
 def test_the_loss_is_the_divergence_from_the_target_one_and_two_tokens_on():
     found, params, key = batch(), own(), jax.random.key(3)
-    loss, metrics = toy.quick_jit(heads.HeadObjective(STEP, HEAD))(params, found, key, PARAMS)
+    loss, metrics = jax.jit(heads.HeadObjective(STEP, HEAD))(params, found, key, PARAMS)
     points = np.asarray(ppd.choose_points(found["ids"].shape, HEAD.prompts, key))
     assert all(len(set(row)) == LENGTH // ppd.EVERY for row in points) and points.max() < LENGTH - HEAD.prompts
     law = np.asarray(jax.nn.log_softmax(target_logits(found)[1]))
@@ -116,7 +113,7 @@ def test_acceptance_is_that_of_the_targets_own_continuation():
     table = ppd.measure_acceptance(STEP, PARAMS, HEAD, own(), prompts, tokens=20, ranks=5, batch=4)
     np.testing.assert_allclose(table, hits.mean((0, 1)), atol=1e-5)
     config = decode.Config(max_tokens=20, eos=())
-    generate = toy.quick_jit(decode.generate, static_argnames=("step", "config"))
+    generate = jax.jit(decode.generate, static_argnames=("step", "config"))
     out = generate(STEP, PARAMS, jnp.asarray(prompts), jnp.full(4, 8), config=config, key=jax.random.key(0))
     right = shifted = 0
     for row, at in np.ndindex(4, 18):

@@ -13,7 +13,6 @@ from jaxinfer.models.heads.medusa import MedusaHead
 from jaxinfer.train import heads, loop, specvlm
 from jaxinfer.train.data import Stage, Stream
 from tests import head_checks as small
-from tests import toy
 
 HEAD = EagleHead(small.SHAPE, num_heads=2, num_kv_heads=1, mlp_size=8)
 
@@ -28,7 +27,7 @@ def made():
     """A batch's loss and metrics; the head's features and the target's, their logits, and where they count."""
     batch, params = stream()(0), small.random_head(HEAD)
 
-    @toy.quick_jit
+    @jax.jit
     def run(params, batch):
         seen = heads.look(small.STEP, small.PARAMS, batch)
         (mine,) = heads.eagle_rounds(small.STEP, HEAD, params, seen, 1)

@@ -86,7 +86,7 @@ def test_the_gradient_is_that_of_the_answers_log_probabilities_times_advantages(
     mastered = right & (logp >= np.log(tau))
     assert mastered.any() and (batch["counted"] & ~mastered).any()
     objective = ulorl.UloRL(MODEL, temperature=0.85, tau=tau, sigma=np.inf)
-    run = toy.quick_jit(jax.value_and_grad(lambda params, batch: objective(params, batch, None), has_aux=True))
+    run = jax.jit(jax.value_and_grad(lambda params, batch: objective(params, batch, None), has_aux=True))
     (_, told), found = run(PARAMS, batch)
     np.testing.assert_allclose(told["masked"], mastered.sum() / batch["counted"].sum(), rtol=1e-6)
 

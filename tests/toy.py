@@ -26,7 +26,6 @@ from jaxinfer.ops.attention import AttentionSpec
 from jaxinfer.ops.position import Rope
 
 # Compiling dominates these tests and the models are tiny: LLVM's optimisations are left out where speed is no claim.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @struct.dataclass
@@ -173,7 +172,7 @@ class Branching(Scripted):
 class Run:
     """`decode.begin` and `decode.advance` of one step and config, each compiled once."""
 
-    def __init__(self, step, config, jit=quick_jit):
+    def __init__(self, step, config, jit=jax.jit):
         self.config = config
         self.begin = jit(functools.partial(decode.begin, step, config=config))
         self.advance = jit(functools.partial(decode.advance, step, config=config))
