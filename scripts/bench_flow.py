@@ -1,11 +1,12 @@
 """Latent flow matching and the methods that make it fast, trained and measured side by side on data that ships here.
 
-    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: some minutes on two cores
-    python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: meant for 90 minutes, not timed yet
+    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: 8 minutes on two cores
+    python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: 75 minutes on two cores
     python scripts/bench_flow.py --methods "flow matching,meanflow" --no-peers
 
 Every method has the same data, network size, noise and labels; distances are in the features of one small classifier
-trained for that alone, against held-out images (of held-out fonts). The train-test floor is what training images score.
+trained for that alone, against held-out images (of held-out fonts). The train-test floor is what training images score;
+samples can fall below it, since those images are of other fonts.
 A run that was killed goes on when the same command is given again: trained weights and measured rows are kept in
 runs/bench_flow-<set>. With a GPU the networks are larger. The table goes to stdout and, with every row, to
 scripts/results/bench_flow-<device>.json (--quick: bench_flow-quick-...), the picture beside it.
@@ -50,10 +51,17 @@ def measure(bench: Bench, entry: Entry, seed: int, flops: float) -> list[dict[st
     rows = []
     samplers = entry.samplers(bench, seed)
     x, labels = bench.inputs(seed=seed)
-    runs = {str(i): functools.partial(sampler.run, x, labels) for i, sampler in enumerate(samplers)}
-    times = timing.interleaved(runs, rounds=1 if seed else 3, warmup=1)
+    latents: dict[str, Any] = {}
+
+    def run(name: str, sampler: Sampler) -> jax.Array:
+        latents[name] = sampler.run(x, labels)
+        return latents[name]
+
+    runs = {str(i): functools.partial(run, str(i), sampler) for i, sampler in enumerate(samplers)}
+    long = seed or max(sampler.evaluations for sampler in samplers) > 64
+    times = timing.interleaved(runs, rounds=1 if long else 3, warmup=1)
     for i, sampler in enumerate(samplers):
-        images = bench.images(sampler.run(x, labels))
+        images = bench.images(latents[str(i)])
         row = {"method": entry.name, "seed": seed, **_about(sampler, flops), **bench.score(images, labels)}
         row |= sampler.more(images, labels) if sampler.more else {}
         row["ms_per_sample"] = 1e3 * times[str(i)].median / len(labels)

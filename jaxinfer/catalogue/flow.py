@@ -61,7 +61,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.flow.inversion:edit",
         paper=Paper("Song, Meng, Ermon", 2020, "2010.02502"),
         cli="edit --to",
-        effect="flow:edit|inversion, euler|16",
+        effect="flow:edit|inversion, euler|8",
     ),
     Method(
         name="reflow",
@@ -184,7 +184,7 @@ METHODS: tuple[Method, ...] = (
         entry="jaxinfer.flow.flowopt:optimize",
         paper=Paper("Ronai, Kulikov, Michaeli", 2025, "2510.22010"),
         cli="edit --refine",
-        effect="flow:edit|FlowOpt, 8 iterations|16 / edit|inversion, euler|16",
+        effect="flow:edit|FlowOpt, 8 iterations|8 / edit|inversion, euler|8",
     ),
     Method(
         name="erw",

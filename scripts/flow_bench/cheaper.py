@@ -88,7 +88,7 @@ def blocks(bench: Bench, seed: int) -> list[Sampler]:
 
 
 def cached(bench: Bench, seed: int) -> list[Sampler]:
-    """16 steps of Euler; all layers but the last at each, at evenly spaced ones, and at the best ones with lines."""
+    """16 steps of Euler; all layers but the last at each, evenly spaced ones, the best ones, and those with lines."""
     params, config, n = bench.flow(seed), bench.network.config, 16
     split = SplitNetwork(config, 0, max(1, config.num_layers - 1))
     x, labels = bench.inputs(64, seed=900)
@@ -121,6 +121,8 @@ def cached(bench: Bench, seed: int) -> list[Sampler]:
         even = cachequant.uncorrected(ts, cachequant.evenly(n, every), config.hidden_size, config.channels)
         found.append(sampler(f"evenly, 1 in {every}", even, params))
         best = cachequant.schedule(table, every)
+        plan = cachequant.uncorrected(ts, best, config.hidden_size, config.channels)
+        found.append(sampler(f"best, 1 in {every}", plan, params))
         plan = cachequant.calibrate(split, params, x, ts, cond, best)
         found.append(sampler(f"best and lines, 1 in {every}", plan, params))
         plan = cachequant.calibrate(split, params, x, ts, cond, best, quantized=rounded)

@@ -1,6 +1,6 @@
 """Held-out images made into their class's next one: inversion and forward again, and FlowOpt from there.
 
-Both go back to time 0.3 only, in 16 steps of Euler. `change`: how far the result is from the image that it was, a pixel
+Both go back to time 0.3 only, in 8 steps of Euler. `change`: how far the result is from the image that it was, a pixel
 in [-1, 1]; what an edit should keep low while its accuracy, of the new class, is high. FlowOpt's evaluations include
 those that estimate its step.
 """
@@ -21,7 +21,7 @@ from jaxinfer.flow.solve import euler
 from jaxinfer.flow.types import Condition
 from jaxinfer.models import autoencoder as vae
 
-STEPS, START, ITERATIONS, POWER = 16, 0.3, 8, 4
+STEPS, START, ITERATIONS, POWER = 8, 0.3, 8, 4
 
 
 def originals(bench: Bench, labels: np.ndarray) -> np.ndarray:
