@@ -32,7 +32,7 @@ def edit(
         typer.Option(
             "--refine",
             min=0,
-            help="Tries of FlowOpt, of which the nearest to the input is kept; the paper has 8.",
+            help="Iterations of FlowOpt: each is nearer to the input, and less of an edit; the paper has 8.",
         ),
     ] = 0,
     mask: Annotated[
