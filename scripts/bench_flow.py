@@ -43,6 +43,7 @@ ENTRIES: list[Entry] = [
     *streams.ENTRIES,
     *edits.ENTRIES,
 ]
+TRAINING = "training_distance"  # of flow matching and of the peer alone
 SCORES = ("frechet_distance", "precision", "recall", "accuracy", "variance_ratio")
 
 
@@ -101,7 +102,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for group in groups.values():
         first = {k: group[0][k] for k in ("method", "sampler", "steps", "evaluations", "mflops")}
-        names = [k for k in (*SCORES, "ms_per_sample", "change") if k in group[0]]
+        names = [k for k in (*SCORES, "ms_per_sample", "change", TRAINING) if k in group[0]]
         values = {k: statistics.fmean(row[k] for row in group) for k in names}
         distances = [row["frechet_distance"] for row in group]
         deviation = statistics.stdev(distances) if len(group) > 1 else None
@@ -127,8 +128,13 @@ def show(table: list[dict[str, Any]], floors: dict[str, Any], peers: list[dict[s
     if peers:
         speeds = [[r["peer"], f"{r['train_ms_per_update']:.1f}"] for r in peers if "train_ms_per_update" in r]
         print_table(("training", "ms an update"), speeds)
-        found = [[r["peer"], r["steps"], f"{r['frechet_distance']:.2f}"] for r in peers if "steps" in r]
-        print_table(("peer", "euler steps", "FD"), found)
+        ours = [{**r, "peer": "jaxinfer"} for r in table if TRAINING in r]
+        found = [
+            [r["peer"], r.get("seed", "mean"), r["steps"], *(f"{r[k]:.2f}" for k in ("frechet_distance", TRAINING))]
+            for r in [*ours, *peers]
+            if "steps" in r
+        ]
+        print_table(("trained by", "seed", "euler steps", "FD", "to training images"), found)
 
 
 def main() -> None:
@@ -141,6 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     host_memory.keep_freed()  # for ours and for PyTorch
     compiled.use_cache()
+    jax.config.update("jax_num_cpu_devices", streams.DEVICES)  # only the stream of frames uses more than one
     size = "quick" if args.quick else "full" if jax.default_backend() == "cpu" else "large"
     settings = {"quick": QUICK, "full": FULL, "large": LARGE}[size]
     settings = dataclasses.replace(settings, seeds=args.seeds or settings.seeds)
@@ -168,7 +175,10 @@ def main() -> None:
             note(f"{name}, seed {seed}: done after {time.perf_counter() - started:.0f} s")
     peers = []
     if not args.no_peers and peer.available():
-        peers = kept(bench.folder / "rows" / "peers.json", lambda: peer.compare(bench))
+        peers = kept(bench.folder / "rows" / "peers.json", functools.partial(peer.speed, bench))
+        for seed in range(settings.seeds):
+            peers += kept(bench.folder / "rows" / f"torchcfm-{seed}.json", functools.partial(peer.quality, bench, seed))
+            note(f"torchcfm, seed {seed}: done after {time.perf_counter() - started:.0f} s")
     table = means(rows)
     for row in [*rows, *({"floor": name, **scores} for name, scores in floors.items()), *peers]:
         out.add(**row)

@@ -101,6 +101,29 @@ def bound_of(flow, x):
     return flowopt.step_bound(flow, x, KEY)
 
 
+def test_an_edit_is_its_parts_put_together_and_no_row_sees_another():
+    """The start, the bound, the step and the nearest iterate; a row whose bound is not positive stays at its start."""
+
+    def other(x):  # turns the last row's directions round
+        return flow(x, mean=1.5) * jnp.where(x[:, :1] > 50.0, -1.0, 1.0)
+
+    y = Y.at[2].add(200.0)
+    run = jax.jit(lambda y: flowopt.edit(velocity(0.3), other, y, TS, KEY, iterations=5, share=0.3))
+    sample, bound = run(y)
+    start = flowopt.implicit_inverse(velocity(0.3), y, TS)
+    assert (bound[:2] > 0).all() and bound[2] < 0
+    step = jnp.where(bound > 0, 0.3 * bound, 0.0)
+    by_hand = flowopt.nearest(flowopt.optimize(other, y, start, step, 5, keep_all=True))
+    np.testing.assert_allclose(sample, by_hand, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sample[2], other(start)[2], rtol=1e-5)
+    assert float(jnp.square(sample - y)[:2].mean()) < 0.8 * float(jnp.square(other(start) - y)[:2].mean())
+    alone, its_bound = run(y[:1])
+    np.testing.assert_allclose(alone, sample[:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(its_bound, bound[:1], rtol=1e-5)
+    with pytest.raises(ConfigError, match="share: got 0"):
+        flowopt.edit(velocity(0.3), other, y, TS, KEY, share=0)
+
+
 @pytest.mark.slow
 def test_editing_moves_from_the_target_to_the_source():
     """Under another condition each iterate is a sample of that condition, ever nearer to the source image."""

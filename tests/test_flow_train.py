@@ -224,6 +224,8 @@ def test_what_a_model_refuses(trained, tmp_path):
         dataclasses.replace(model, drop_rate=0.0).sample(key, cond, 2, [0.0, 1.0], guidance=Guidance(2.0))
     with pytest.raises(InputError, match="an image is"):
         model.edit(np.zeros((2, 8, 8, 1), np.float32), cond, cond, [0.0, 1.0])
+    with pytest.raises(ConfigError, match="refine 4 needs a key"):
+        model.edit(np.zeros((2, *model.image_shape), np.float32), cond, cond, [0.0, 1.0], refine=4)
     with pytest.raises(ConfigError, match="condition 'sketch'"):
         recipes.image_channels("sketch", 1)
     with pytest.raises(InputError, match="the network's x is"):

@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.step import Step
-from jaxinfer.train import data
+from jaxinfer.train import data, text
 from jaxinfer.train.rollout import Task
 
 CHARACTERS = "0123456789="
@@ -141,29 +141,15 @@ def from_file(path: str | Path, reward: str, tokenizer: Any, *, max_prompt: int 
     `reward`: a Python function `module:function` that takes `(row, answer)` and returns 0 to 1. Raises InputError
     naming file and line, or what the function was looked for as.
     """
-    path, rows, tokens = Path(path), [], []
+    rows, tokens = [], []
     judge = function_of(reward)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; accepted: JSON Lines with a `prompt` field") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise InputError(f"{path}, line {number}: accepted: an object whose 'prompt' is a string")
+    for number, row in text.rows(path, "prompt"):
         ids = np.asarray(tokenizer.encode(row["prompt"]), np.int32)
         if not 1 <= len(ids) <= max_prompt:
             raise InputError(f"{path}, line {number}: got a prompt of {len(ids)} tokens, accepts 1 to {max_prompt}")
         rows.append(row)
         tokens.append(ids)
-    digest = hashlib.sha256((reward + "\0" + text).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([reward, rows]).encode()).hexdigest()[:16]
     return Task(rows, tokens, judge, tokenizer.decode, tuple(tokenizer.eos_ids), digest)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,26 +117,31 @@ def _folder(folder: Path) -> list[data.Document]:
 
 
 def _lines(path: Path) -> list[data.Document]:
-    found = []
-    for number, line in enumerate(_utf8(path).split("\n"), 1):
+    return [data.Document(f"{path.name}:{number}", row[FIELD]) for number, row in rows(path, FIELD)]
+
+
+def rows(path: str | Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each row of a JSON Lines file, with text in `field`; InputError naming file and line
+    for anything else."""
+    for number, line in enumerate(_utf8(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not isinstance(row.get(FIELD), str):
-            raise InputError(f"{path}, line {number}: accepted: an object whose {FIELD!r} is a string")
-        text = row[FIELD]
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise InputError(f"{path}, line {number}: accepted: an object whose {field!r} is a string")
+        if any("\ud800" <= c <= "\udfff" for c in row[field]):
             raise InputError(f"{path}, line {number}: a lone surrogate, which is not a character")
-        found.append(data.Document(f"{path.name}:{number}", text))
-    return found
+        yield number, row
 
 
 def _utf8(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 

@@ -175,6 +175,7 @@ METHODS: tuple[Method, ...] = (
         guarantee="exact",
         entry="jaxinfer.sharding.timestep_pipeline:TimestepPipeline",
         paper=Paper("Huang et al.", 2025, "2512.04677"),
+        effect="flow:stream|stream batch, 2 devices|4 / stream|frame after frame|4",
     ),
     Method(
         name="flowopt",

@@ -86,7 +86,8 @@ def edit(
             raise ConfigError(f"{source} has no labels: give --from, the class that the images are of")
         after = np.repeat(flow.labels([to]), len(images))
         conds = Condition(labels=labels), Condition(labels=after)
-        changed = flow.edit(images, *conds, ts, solver=chosen, guidance=guide, start=start, refine=refine)
+        key = jax.random.key(seed)
+        changed = flow.edit(images, *conds, ts, solver=chosen, guidance=guide, start=start, refine=refine, key=key)
         labels = after
     files = flow_options.write(output, np.asarray(changed), **({} if labels is None else {"labels": labels}))
     moved = float(np.abs(np.asarray(changed) - images).mean())

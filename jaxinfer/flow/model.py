@@ -28,9 +28,6 @@ from jaxinfer.models.autoencoder import AutoencoderConfig
 
 CONDITIONS = ("class", "inpaint", "semantic")
 VELOCITIES = ("instantaneous", "mean")
-# Of the largest step with which FlowOpt converges. At half of it, where it converges fastest, eight iterations gave the
-# image back as it was (scripts/bench_flow.py: none of 1,080 glyphs was of the new class any more).
-REFINE_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,23 +141,23 @@ class FlowModel:
         guidance: Guidance = UNGUIDED,
         start: float = 0.0,
         refine: int = 0,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Images [B,H,W,C] of condition `before` made into `after`, by inversion to time `start`; only the way forward
         is guided. refine: iterations of FlowOpt, each of which brings the result nearer to the image that it came from
-        and so gives up some of the edit; the nearest one is returned. Raises `ConfigError` where a row has no step size
-        that converges."""
+        and so gives up some of the edit; the nearest one is returned; `key` begins the search for its step. Raises
+        `ConfigError` for refine without a key, and where a row has no step size that converges."""
         grid = inversion.from_time(ts, start)
         for cond in (before, after):
             self.check(cond, images.shape[0], guidance)
+        if refine and key is None:
+            raise ConfigError(f"refine {refine} needs a key, got none")
         y = self.encode(images)
         if not refine:
             x = _edit(self.network, self.params, before, after, y, grid, solver, guidance)
         else:
-            key = jax.random.key(0)  # of the power iteration's first direction, which its result hardly depends on
-            forward = functools.partial(_forward, self.network, self.params, after, grid, solver, guidance)
-            noise = flowopt.implicit_inverse(guided(self.network, self.params, before, UNGUIDED), y, grid)
-            step = jnp.minimum(flowopt.safe_step(flowopt.step_bound(forward, noise, key), REFINE_SHARE), 1.0)
-            x = flowopt.nearest(flowopt.optimize(forward, y, noise, step, refine, keep_all=True))
+            x, bound = _refine(self.network, self.params, before, after, y, grid, solver, guidance, refine, key)
+            flowopt.safe_step(bound)
         return self.decode(x)
 
     def inpaint(
@@ -219,6 +216,7 @@ def _edit(network, params, before, after, x, ts, solver, guidance):
     return inversion.edit(solver, back, forward, x, ts)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "solver", "guidance"))
-def _forward(network, params, cond, ts, solver, guidance, x):
-    return solver(guided(network, params, cond, guidance), x, ts).x
+@functools.partial(jax.jit, static_argnames=("network", "solver", "guidance", "iterations"))
+def _refine(network, params, before, after, y, ts, solver, guidance, iterations, key):
+    forward, back = guided(network, params, after, guidance), guided(network, params, before, UNGUIDED)
+    return flowopt.edit(back, lambda x: solver(forward, x, ts).x, y, ts, key, iterations=iterations)

@@ -60,9 +60,9 @@ class Mixer(Declared):
         c, n = self.config, x.shape[1]
         across = jnp.swapaxes(layer_norm(x), 1, 2)
         across = jax.nn.gelu(self.affine("across_up", across, 2 * n, (None, None)))
-        x = x + jnp.swapaxes(self.affine("across_down", across, n, (None, None), zero=True), 1, 2)
+        x = x + jnp.swapaxes(self.affine("across_down", across, n, (None, None), gain=0.0), 1, 2)
         h = jax.nn.gelu(self.affine("up", layer_norm(x), c.mlp_ratio * c.hidden_size, ("embed", "mlp")))
-        return x + self.affine("down", h, c.hidden_size, ("mlp", "embed"), zero=True)
+        return x + self.affine("down", h, c.hidden_size, ("mlp", "embed"), gain=0.0)
 
 
 class Half(Declared):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.models.declare import Declared
-from jaxinfer.models.dit import Block, Conditioner, DitConfig, Patches
+from jaxinfer.models.dit import GAIN, Block, Conditioner, DitConfig, Patches
 
 
 class Stem(nn.Module):
@@ -49,7 +49,7 @@ class GuidedTrunk(Declared):
     def __call__(self, h: jax.Array, condition: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         beside = jnp.broadcast_to(condition[:, None], features.shape)
         both = jnp.concatenate([beside, features], -1)
-        each = self.affine("guidance", both, self.config.hidden_size, ("embed", "embed"))
+        each = self.affine("guidance", both, self.config.hidden_size, ("embed", "embed"), gain=GAIN)
         return Trunk(self.config, name="trunk")(h, each), each
 
 

@@ -30,9 +30,9 @@ class Declared(nn.Module):
             raise InputError(f"{path}: got shape {tuple(found.shape)}, the configuration needs {shape}")
         return found
 
-    def affine(self, name: str, x: jax.Array, size: int, axes: Axes, *, zero: bool = False) -> jax.Array:
-        """`x[..., D] @ w[D, size] + b`, w of variance 1 / D at first or, with `zero`, zero; b (`<name>_bias`) zero."""
-        init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    def affine(self, name: str, x: jax.Array, size: int, axes: Axes, *, gain: float = 1.0) -> jax.Array:
+        """`x[..., D] @ w[D, size] + b`, w of variance gain / D at first, b (`<name>_bias`) zero."""
+        init = nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal") if gain else nn.initializers.zeros
         y = ops.dot(x, self.weight(name, (x.shape[-1], size), axes, init))
         bias = self.weight(f"{name}_bias", (size,), axes[1:], nn.initializers.zeros)
         return y + ops.materialize(bias).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (size,))

@@ -26,6 +26,9 @@ from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.declare import Declared, layer_norm
 
 FREQUENCIES = 32
+# The variance of first weights, times the number of their inputs. At 1, the usual choice, fewer samples of a short run
+# are of their class (0.78 against 0.84 after 1,800 updates on 32x32 glyphs).
+GAIN = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Patches(Declared):
             raise InputError(f"the image condition is {beside} a row, the model's is {wanted}")
         if image is not None:
             x = jnp.concatenate([x, image.astype(x.dtype)], -1)
-        h = self.affine("patches", patchify(x, c.patch), c.hidden_size, (None, "embed"))
+        h = self.affine("patches", patchify(x, c.patch), c.hidden_size, (None, "embed"), gain=GAIN)
         table = jnp.asarray(_positions(c.height // c.patch, c.width // c.patch, c.hidden_size), h.dtype)
         return h + table[None]
 
@@ -135,8 +138,8 @@ class Conditioner(Declared):
 
     def _time(self, name: str, t: jax.Array) -> jax.Array:
         size = self.config.hidden_size
-        h = self.affine(f"{name}_in", time_features(t, self.config.max_frequency), size, (None, "embed"))
-        return self.affine(f"{name}_out", jax.nn.silu(h), size, ("embed", "embed"))
+        h = self.affine(f"{name}_in", time_features(t, self.config.max_frequency), size, (None, "embed"), gain=GAIN)
+        return self.affine(f"{name}_out", jax.nn.silu(h), size, ("embed", "embed"), gain=GAIN)
 
 
 class Context(Declared):
@@ -149,7 +152,7 @@ class Context(Declared):
         size = self.config.hidden_size
         if tokens.shape[-1] != self.config.token_size:
             raise InputError(f"tokens have {tokens.shape[-1]} channels, the model's {self.config.token_size}")
-        h = self.affine("tokens", tokens, size, (None, "embed"))
+        h = self.affine("tokens", tokens, size, (None, "embed"), gain=GAIN)
         missing = ops.materialize(self.weight("null_token", (size,), ("embed",))).astype(h.dtype)
         return h if keep is None else jnp.where(keep[:, None, None], h, missing[None, None])
 
@@ -167,20 +170,20 @@ class Block(Declared):
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         d = self.config.hidden_size
-        m = self.affine("modulation", jax.nn.silu(condition), 6 * d, ("embed", "mlp"), zero=True)
+        m = self.affine("modulation", jax.nn.silu(condition), 6 * d, ("embed", "mlp"), gain=0.0)
         m = m[:, None] if m.ndim == 2 else m
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(m, 6, -1)
         x = x + gate * self._attend(modulate(x, shift, scale))
-        h = self.affine("up", modulate(x, mlp_shift, mlp_scale), self.config.mlp_ratio * d, ("embed", "mlp"))
-        return x + mlp_gate * self.affine("down", jax.nn.gelu(h), d, ("mlp", "embed"))
+        h = self.affine("up", modulate(x, mlp_shift, mlp_scale), self.config.mlp_ratio * d, ("embed", "mlp"), gain=GAIN)
+        return x + mlp_gate * self.affine("down", jax.nn.gelu(h), d, ("mlp", "embed"), gain=GAIN)
 
     def _attend(self, x: jax.Array) -> jax.Array:
         d, heads = self.config.hidden_size, self.config.num_heads
         # Split before the heads are: the split's transpose is a concatenation, an index's a padded sum.
-        q, k, v = jnp.split(self.affine("qkv", x, 3 * d, ("embed", "heads")), 3, -1)
+        q, k, v = jnp.split(self.affine("qkv", x, 3 * d, ("embed", "heads"), gain=GAIN), 3, -1)
         heads = (*x.shape[:2], heads, d // heads)
         out = jax.nn.dot_product_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
-        return self.affine("o", out.reshape(x.shape), d, ("heads", "embed"))
+        return self.affine("o", out.reshape(x.shape), d, ("heads", "embed"), gain=GAIN)
 
 
 class Final(Declared):
@@ -191,9 +194,9 @@ class Final(Declared):
     @nn.compact
     def __call__(self, h: jax.Array, condition: jax.Array) -> jax.Array:
         c = self.config
-        m = self.affine("modulation", jax.nn.silu(condition), 2 * c.hidden_size, ("embed", "mlp"), zero=True)
+        m = self.affine("modulation", jax.nn.silu(condition), 2 * c.hidden_size, ("embed", "mlp"), gain=0.0)
         shift, scale = jnp.split(m[:, None] if m.ndim == 2 else m, 2, -1)
-        out = self.affine("out", modulate(h, shift, scale), c.patch**2 * c.channels, ("embed", None), zero=True)
+        out = self.affine("out", modulate(h, shift, scale), c.patch**2 * c.channels, ("embed", None), gain=0.0)
         return unpatchify(out, c.patch, c.height, c.width)
 
 

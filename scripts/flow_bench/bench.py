@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxinfer.evals.classifier import Classifier, evaluate, train_classifier
+from jaxinfer.evals.distances import frechet_distance
 from jaxinfer.flow import data as sets
 from jaxinfer.flow.guide import unguided
 from jaxinfer.flow.model import source
@@ -168,15 +170,26 @@ class Bench:
         order = np.random.default_rng(0).permutation(len(self.test.images))[: self.settings.samples]
         return evaluate(self.classifier, self.test.images[order], self.test.labels[order], images, labels)
 
+    def fit(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The distance to training images, which tells how well their law was learned: below the train-test floor, the
+        distance to held-out ones does not."""
+        _, others = self._training_rows()
+        truth = self.classifier.features(self.data.images[others])
+        return {"training_distance": frechet_distance(truth, self.classifier.features(images))}
+
     def floor(self) -> dict[str, dict[str, float]]:
-        """What training images score against held-out ones, and what they score after the autoencoder."""
-        order = np.random.default_rng(1).permutation(len(self.data.images))[: self.settings.samples]
-        images, labels = self.data.images[order], self.data.labels[order]
-        rows = {"train-test floor": self.score(images, labels)}
+        """What training images score against held-out ones and other training images, and after the autoencoder."""
+        rows, _ = self._training_rows()
+        images, labels = self.data.images[rows], self.data.labels[rows]
+        sets = {"train-test floor": images}
         if self.autoencoder is not None:
-            again = self.images(vae.encode(self.autoencoder, self.autoencoder_params, images))
-            rows["autoencoder floor"] = self.score(again, labels)
-        return rows
+            sets["autoencoder floor"] = self.images(vae.encode(self.autoencoder, self.autoencoder_params, images))
+        return {name: {**self.score(found, labels), **self.fit(found, labels)} for name, found in sets.items()}
+
+    def _training_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two disjoint choices of training images, as many as samples."""
+        order, count = np.random.default_rng(1).permutation(len(self.data.images)), self.settings.samples
+        return order[:count], order[count : 2 * count]
 
     def flops(self, apply: Apply, params: Any, rows: int = 8) -> float:
         """Floating-point operations of one evaluation of `apply`, a sample, as the compiler counts them."""
@@ -187,8 +200,29 @@ class Bench:
         return float((found[0] if isinstance(found, list) else found)["flops"]) / rows
 
 
-def fixed(apply: Apply, params: Any, label: str, steps: int, *, solver: FixedStep = euler, ts: Any = None) -> Sampler:
-    """Unguided sampling by a fixed-step solver over a grid, uniform by default."""
+@functools.partial(jax.jit, static_argnames=("apply", "velocity_of", "solver"))
+def _interval(apply, velocity_of, solver, params, x, labels, ts):
+    return solver(velocity_of(apply, params, Condition(labels=labels)), x, ts).x
+
+
+def fixed(
+    apply: Apply,
+    params: Any,
+    label: str,
+    steps: int,
+    *,
+    solver: FixedStep = euler,
+    ts: Any = None,
+    velocity_of: Callable[..., Any] = unguided,
+    more: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
+) -> Sampler:
+    """Unguided sampling by a fixed-step solver over a grid, uniform by default: one jitted step, called for each
+    interval, so that all grids and all methods of a network share a program (compiling is most of the quick set)."""
     grid = uniform(steps) if ts is None else np.asarray(ts, np.float32)
-    program = jax.jit(lambda p, x, labels: solver(unguided(apply, p, Condition(labels=labels)), x, grid).x)
-    return Sampler(label, steps, steps * solver.evaluations, lambda x, labels: program(params, x, labels))
+
+    def run(x, labels):
+        for t, s in itertools.pairwise(grid):
+            x = _interval(apply, velocity_of, solver, params, x, labels, np.stack([t, s]))
+        return x
+
+    return Sampler(label, steps, steps * solver.evaluations, run, more=more)

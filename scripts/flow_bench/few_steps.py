@@ -12,7 +12,6 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 
 from flow_bench.bench import Bench, Entry, Sampler, fixed
 from jaxinfer.flow import bellman, meanflow
@@ -73,16 +72,8 @@ def mean(bench: Bench, seed: int, *, variant: str) -> list[Sampler]:
     objective = MeanFlow(variant=variant, times=WIDE_PAIRS)
     name = "meanflow" if variant == "original" else "improved_meanflow"
     params = bench.train(name, seed, objective=objective, start=bench.flow(seed))
-
-    def sampler(steps: int) -> Sampler:
-        def solve(p, x, labels):
-            velocity: Any = meanflow.mean_velocity_of(bench.network, p, Condition(labels=labels))
-            return meanflow.solve_mean(velocity, x, uniform(steps)).x
-
-        program = jax.jit(solve)
-        return Sampler("mean velocity", steps, steps, lambda x, labels: program(params, x, np.asarray(labels)))
-
-    return [sampler(k) for k in (1, 2, 4)]
+    solve = functools.partial(fixed, solver=meanflow.solve_mean, velocity_of=meanflow.mean_velocity_of)
+    return [solve(bench.network, params, "mean velocity", k) for k in (1, 2, 4)]
 
 
 ENTRIES = [

@@ -140,8 +140,8 @@ class Peer:
         return x.numpy()
 
 
-def compare(bench: Bench, *, rounds: int = 3, updates: int = 20) -> list[dict[str, Any]]:
-    """Rows of training throughput, ours and torchcfm's in turns, and of torchcfm's distance after all its updates."""
+def speed(bench: Bench, *, rounds: int = 3, updates: int = 20) -> list[dict[str, Any]]:
+    """Rows of training throughput, ours and torchcfm's in turns."""
     recipe = bench.recipe("flow", 0, steps=bench.settings.steps)
     update = jax.jit(loop.make_train_step(recipe), donate_argnums=0)
     state = [loop.init_state(bench.network.init(jax.random.key(0)), recipe, jax.random.key(1000))]
@@ -165,14 +165,20 @@ def compare(bench: Bench, *, rounds: int = 3, updates: int = 20) -> list[dict[st
             run()
             if turn:  # the first turn compiles
                 seconds[name].append((time.perf_counter() - start) / updates)
-    rows = [
+    return [
         {"peer": name, "train_ms_per_update": 1e3 * float(np.median(s)), "rounds": rounds}
         for name, s in seconds.items()
     ]
-    peer, (x, labels) = Peer(bench), bench.inputs()
+
+
+def quality(bench: Bench, seed: int) -> list[dict[str, Any]]:
+    """Rows of torchcfm's distances after all its updates, from the noise and labels that ours is measured with."""
+    peer, (x, labels) = Peer(bench, seed), bench.inputs(seed=seed)
     while peer.count < bench.settings.steps:
         peer.step()
+    rows = []
     for steps in (1, 4, 16, 32):
-        scores = bench.score(bench.images(jax.numpy.asarray(peer.sample(x, labels, steps))), labels)
-        rows.append({"peer": "torchcfm", "sampler": "euler", "steps": steps, **scores})
+        images = bench.images(jax.numpy.asarray(peer.sample(x, labels, steps)))
+        scores = {**bench.score(images, labels), **bench.fit(images, labels)}
+        rows.append({"peer": "torchcfm", "sampler": "euler", "steps": steps, "seed": seed, **scores})
     return rows

@@ -1,4 +1,7 @@
-"""A stream of frames at four steps each: one frame at a time, and the stream batch; and guidance for less.
+"""A stream of frames at four steps each: one frame at a time, the stream batch, the same over two devices; and guidance
+for less.
+
+The CPU's cores are two devices there: the rows of a small network are too few for its products to be split over cores.
 
 Guided samples (scale 2): classifier-free guidance runs the model twice a step, onetime residual guidance once more in
 all.
@@ -11,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flow_bench.bench import Bench, Entry, Sampler
 from jaxinfer.flow.guide import Guidance, guided, unguided
@@ -19,8 +23,9 @@ from jaxinfer.flow.schedule import uniform
 from jaxinfer.flow.solve import euler
 from jaxinfer.flow.streamdiffusion import first_estimate, residual_guide
 from jaxinfer.flow.types import Condition, bcast
+from jaxinfer.sharding.timestep_pipeline import TimestepPipeline
 
-SCALE = 2.0
+SCALE, DEVICES = 2.0, 2
 
 
 def stream(bench: Bench, seed: int) -> list[Sampler]:
@@ -41,10 +46,22 @@ def stream(bench: Bench, seed: int) -> list[Sampler]:
 
     batched = jax.jit(lambda p, row: pipe.run(p, pipe.init(jax.tree.map(lambda x: x[0], row)), row)[1][0])
     alone = jax.jit(lambda p, row: sequential(pipe, p, row)[0][0])
-    return [
+    found = [
         Sampler("frame after frame", steps, steps, lambda x, labels: alone(params, frames(x, labels))),
         Sampler("stream batch", steps, steps, lambda x, labels: batched(params, frames(x, labels))),
     ]
+    if len(jax.devices()) >= DEVICES:
+        mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("step",))
+        spread = TimestepPipeline(pipe, mesh)
+        everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+        @jax.jit
+        def over(p, row):
+            return spread.run(p, spread.init(jax.tree.map(lambda x: x[0], row)), row)[1][0]
+
+        run = lambda x, labels: jax.device_get(over(everywhere, jax.device_get(frames(x, labels))))  # noqa: E731
+        found.append(Sampler(f"stream batch, {DEVICES} devices", steps, steps, run))
+    return found
 
 
 def guidance(bench: Bench, seed: int) -> list[Sampler]:
