@@ -1,7 +1,7 @@
 """Latent flow matching and the methods that make it fast, trained and measured side by side on data that ships here.
 
-    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: 8 minutes on two cores
-    python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: 75 minutes on two cores
+    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: 6 to 7 minutes on two cores
+    python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: an hour on two cores
     python scripts/bench_flow.py --methods "flow matching,meanflow" --no-peers
 
 Every method has the same data, network size, noise and labels; distances are in the features of one small classifier
