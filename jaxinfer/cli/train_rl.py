@@ -18,7 +18,7 @@ from jaxinfer.errors import InputError
 if TYPE_CHECKING:
     from jaxinfer.train.rollout import Task
 
-TOY_RATE, RATE = 1e-3, 1e-6
+TOY_RATE, RATE = 1e-4, 1e-6
 
 Name = Annotated[
     str | None, typer.Option("--task", help="A toy: copy, sort or count; it trains a tiny model of its own.")
@@ -43,7 +43,7 @@ def rl(
     target: Model = None,
     steps: training.Steps = 100,
     rate: Annotated[
-        float | None, typer.Option("--rate", min=0, help="Learning rate. Default: 1e-6; of a toy 1e-3.")
+        float | None, typer.Option("--rate", min=0, help="Learning rate. Default: 1e-6; of a toy 1e-4.")
     ] = None,
     groups: Annotated[int, typer.Option("--groups", min=1, help="Prompts that are answered at a time.")] = 16,
     samples: Annotated[int, typer.Option("--samples", min=2, help="Answers to a prompt.")] = 8,
