@@ -33,7 +33,9 @@ class Declared(nn.Module):
     def affine(self, name: str, x: jax.Array, size: int, axes: Axes, *, gain: float = 1.0) -> jax.Array:
         """`x[..., D] @ w[D, size] + b`, w of variance gain / D at first, b (`<name>_bias`) zero."""
         init = nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal") if gain else nn.initializers.zeros
-        y = ops.dot(x, self.weight(name, (x.shape[-1], size), axes, init))
+        # As a matrix: of an x with more axes, XLA's CPU compiler first writes the transposed operands of w's gradient.
+        y = ops.dot(x.reshape(-1, x.shape[-1]), self.weight(name, (x.shape[-1], size), axes, init))
+        y = y.reshape(*x.shape[:-1], size)
         bias = self.weight(f"{name}_bias", (size,), axes[1:], nn.initializers.zeros)
         return y + ops.materialize(bias).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (size,))
 
