@@ -1,6 +1,6 @@
 """Latent flow matching and the methods that make it fast, trained and measured side by side on data that ships here.
 
-    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: 6 to 7 minutes on two cores
+    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: 5 to 6 minutes on two cores
     python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: an hour on two cores
     python scripts/bench_flow.py --methods "flow matching,meanflow" --no-peers
 
@@ -60,7 +60,7 @@ def measure(bench: Bench, entry: Entry, seed: int, flops: float) -> list[dict[st
 
     runs = {str(i): functools.partial(run, str(i), sampler) for i, sampler in enumerate(samplers)}
     long = seed or max(sampler.evaluations for sampler in samplers) > 64
-    times = timing.interleaved(runs, rounds=1 if long else 3, warmup=1)
+    times = timing.interleaved(runs, rounds=1 if long else bench.settings.rounds, warmup=1)
     for i, sampler in enumerate(samplers):
         images = bench.images(latents[str(i)])
         row = {"method": entry.name, "seed": seed, **_about(sampler, flops), **bench.score(images, labels)}
@@ -157,8 +157,9 @@ def main() -> None:
         if name not in known:
             parser.error(f"method {name!r} is none of {', '.join(known)}")
     bench = Bench(settings, args.folder or Path("runs") / f"bench_flow-{size}")
-    # Seeds may be added later; all else makes other weights.
-    made = kept(bench.folder / "settings.json", lambda: dataclasses.asdict(settings)) | {"seeds": settings.seeds}
+    # Seeds may be added later, and times taken anew; all else makes other weights.
+    free = {"seeds": settings.seeds, "rounds": settings.rounds}
+    made = kept(bench.folder / "settings.json", lambda: dataclasses.asdict(settings)) | free
     if made != dataclasses.asdict(settings):
         parser.error(f"{bench.folder} was made with other settings ({made}); remove it, or give another --folder")
     started = time.perf_counter()

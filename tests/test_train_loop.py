@@ -210,6 +210,15 @@ def test_metrics_evaluation_and_curve_are_written(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_params_that_are_held_to_a_device_do_not_compile_the_step_twice(tmp_path, caplog):
+    params = jax.device_put(fresh(recipe()).params, jax.devices()[0])
+    state = loop.init_state(params, recipe(), jax.random.key(3))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        loop.train(recipe(), state, loop.LoopConfig(steps=4, curve=False), tmp_path)
+    compiled = [r for r in caplog.messages if r.startswith("Finished XLA compilation of jit(train_step)")]
+    assert len(compiled) == 1
+
+
 def test_errors_name_what_is_wrong(tmp_path):
     which = recipe()
     with pytest.raises(CheckpointError, match="no checkpoint below"):

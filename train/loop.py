@@ -315,7 +315,8 @@ def train(
 
 
 def _on_mesh(recipe: Recipe, state: TrainState) -> tuple[Recipe, TrainState]:
-    """The recipe's `frozen` and the state on the mesh that some of the state lies on, or that the batch names."""
+    """The recipe's `frozen` and the state on the mesh that some of the state lies on, or that the batch names; without
+    one, the state on its device."""
     mesh = processes.mesh_of(state)
     if recipe.batch_sharding is not None:
         asked = processes.mesh_of(recipe.batch_sharding)
@@ -328,7 +329,7 @@ def _on_mesh(recipe: Recipe, state: TrainState) -> tuple[Recipe, TrainState]:
                 f"the state: got arrays of one device, in {jax.process_count()} processes; accepted: arrays on a mesh "
                 "of all devices, or a batch_sharding that names one"
             )
-        return recipe, state
+        return recipe, processes.committed(state)
     return dataclasses.replace(recipe, frozen=processes.spread(recipe.frozen, mesh)), processes.spread(state, mesh)
 
 

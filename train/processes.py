@@ -47,6 +47,16 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def committed(tree: Any) -> Any:
+    """The tree held to the one device that all its leaves lie on; as it is where there are several.
+
+    jit compiles anew for arguments that are held to a device. Params that were restored are, an optimizer's first state
+    is not, and what a step returns of the two is: its second call would compile a second time.
+    """
+    devices = {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+    return jax.device_put(tree, devices.pop()) if len(devices) == 1 else tree
+
+
 def place_batch(batch: Any, sharding: NamedSharding | None, *, local: bool = False) -> Any:
     """Host arrays of a batch on the devices of `sharding`, whose spec is for the leading axes; as they are where None.
 

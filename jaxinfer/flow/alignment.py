@@ -53,7 +53,7 @@ class Projection:
 
     def init(self, key: jax.Array, width: int) -> Any:
         """Random `params["project"]` for tokens of `width`."""
-        return nn.unbox(self._module.init(key, jnp.zeros((1, 1, width)))["params"])
+        return jax.jit(lambda key: nn.unbox(self._module.init(key, jnp.zeros((1, 1, width)))["params"]))(key)
 
     def __call__(self, params: Any, h: jax.Array) -> jax.Array:
         return jnp.asarray(self._module.apply({"params": params["project"]}, h))

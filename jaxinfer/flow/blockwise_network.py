@@ -48,6 +48,9 @@ class BlockwiseNetwork:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random params; velocity and residual are zero at first, and so is each block's modulation."""
+        return jax.jit(self._init)(key)
+
+    def _init(self, key: jax.Array) -> dict[str, Any]:
         c, keys = self.config, jax.random.split(key, 7)
         labels = jnp.zeros((1,), jnp.int32) if c.classes else None
         image = jnp.zeros((1, c.height, c.width, c.image_channels)) if c.image_channels else None
@@ -62,11 +65,14 @@ class BlockwiseNetwork:
             "blocks": jax.vmap(lambda key: made(guided, key, h, vector, h))(jax.random.split(keys[3], self.segments)),
             "final": made(Final(c), keys[4], h, h),
             "project": made(self._projector, keys[5], h),
-            "residual": self.init_residual(keys[6]),
+            "residual": self._init_residual(keys[6]),
         }
 
     def init_residual(self, key: jax.Array) -> dict[str, Any]:
         """Random params of the residual network alone."""
+        return jax.jit(self._init_residual)(key)
+
+    def _init_residual(self, key: jax.Array) -> dict[str, Any]:
         c = self.config
         h, vector = jnp.zeros((1, c.num_patches, c.hidden_size)), jnp.zeros((1, c.hidden_size))
         return nn.unbox(Trunk(self._layers(self.residual_layers)).init(key, h, vector)["params"])

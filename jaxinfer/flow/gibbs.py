@@ -63,6 +63,7 @@ def effective_share(log_w: jax.Array) -> jax.Array:
     return jnp.exp(2 * total - squares) / log_w.shape[0]
 
 
+@jax.jit
 def tilt(x0: jax.Array, x1: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """What the weights multiply the two marginals by: tau of each source f32[N] and of each of the data f32[M], over
     their means. x0[N, ...], x1[M, ...]: samples of each."""

@@ -51,7 +51,7 @@ class Encoder:
 
     def init(self, key: jax.Array, x: jax.Array) -> dict:
         """Random params for images like `x`."""
-        return nn.unbox(self.module.init(key, x)["params"])
+        return jax.jit(lambda key: nn.unbox(self.module.init(key, x)["params"]))(key)
 
     def __call__(self, params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         tokens, logits = self.module.apply({"params": params}, x)

@@ -34,7 +34,7 @@ from jaxinfer.train import loop
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How large everything is. `tune_steps`: of methods that begin from the trained flow. `seeds`: of the flow, of
-    MeanFlow and of BOSS; other methods have one."""
+    MeanFlow and of BOSS; other methods have one. `rounds`: how often sampling is timed, the median counts."""
 
     data: str
     steps: int
@@ -43,6 +43,7 @@ class Settings:
     classifier_steps: int
     samples: int
     seeds: int
+    rounds: int = 3
     batch: int = 128
     hidden_size: int = 96
     num_layers: int = 4
@@ -56,7 +57,7 @@ class Settings:
 
 QUICK = Settings(
     "digits", steps=300, tune_steps=100, autoencoder_steps=0, classifier_steps=600, samples=360, seeds=1,
-    batch=64, hidden_size=64, num_layers=3,
+    rounds=1, batch=64, hidden_size=64, num_layers=3,
 )  # fmt: skip
 FULL = Settings(
     "glyphs", steps=1800, tune_steps=400, autoencoder_steps=1000, classifier_steps=1000, samples=1080, seeds=3
@@ -154,10 +155,12 @@ class Bench:
         return self.train("flow", seed)
 
     def inputs(self, rows: int | None = None, seed: int = 0) -> tuple[jax.Array, np.ndarray]:
-        """The noise and the labels of the samples."""
+        """The noise and the labels of the samples. The noise is held to its device, as what samplers return is: steps
+        that feed on their own results are compiled once."""
         rows = rows or self.settings.samples
         labels = np.arange(rows, dtype=np.int32) % len(self.data.classes)
-        return source(jax.random.key(10_000 + seed), rows, self.network.shape), labels
+        x = source(jax.random.key(10_000 + seed), rows, self.network.shape)
+        return jax.device_put(x, jax.devices()[0]), labels
 
     def images(self, latents: jax.Array) -> np.ndarray:
         """What latents are decoded to."""

@@ -100,17 +100,17 @@ def cached(bench: Bench, seed: int) -> list[Sampler]:
     table = cachequant.distances(split, params, x, ts, cond)
     t = jnp.full((8,), 0.5)
     few, few_labels = bench.inputs(8)
-    h = split.deep(params, few, t, Condition(labels=jnp.asarray(few_labels)))
+    h = jax.jit(split.deep)(params, few, t, Condition(labels=jnp.asarray(few_labels)))
     deep = operations(lambda x, y: split.deep(params, x, t, Condition(labels=y)), few, few_labels)
     shallow = operations(lambda x, y: split.shallow(params, x, t, Condition(labels=y), h), few, few_labels)
 
-    def sampler(label: str, plan: cachequant.Plan, weights: Any) -> Sampler:
-        def solve(p, plan, x, y):
-            return cachequant.sample(split, p, x, Condition(labels=y), plan).x
+    @jax.jit
+    def solve(p, plan, x, y):
+        return cachequant.sample(split, p, x, Condition(labels=y), plan).x
 
-        program = jax.jit(solve)
+    def sampler(label: str, plan: cachequant.Plan, weights: Any) -> Sampler:
         cost = plan.deep_runs * deep + n * shallow
-        return Sampler(label, n, n, lambda x, y: program(weights, plan, x, np.asarray(y)), cost)
+        return Sampler(label, n, n, lambda x, y: solve(weights, plan, x, np.asarray(y)), cost)
 
     def whole(p, x, y):
         velocity = lambda x, t, carry: (bench.network(p, x, t, t, Condition(labels=y)).v, carry)  # noqa: E731
