@@ -13,6 +13,7 @@ from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.flow.network import Network
 from jaxinfer.flow.types import Condition, null
 from jaxinfer.models import autoencoder as vae
+from jaxinfer.models.declare import Declared
 from jaxinfer.models.dit import Block, DitConfig, patchify, time_features, unpatchify
 
 CONFIG = DitConfig(
@@ -119,6 +120,24 @@ def test_quantized_weights(network, params, inputs, run):
     out = jax.jit(network)(packed, *inputs).v
     reference = run(*inputs).v
     assert 0 < jnp.abs(out - reference).max() < 0.1 * jnp.abs(reference).max()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA's CPU compiler does")
+def test_gradients_of_weights_need_no_transposed_copies():
+    class Affine(Declared):
+        @nn.compact
+        def __call__(self, x):
+            return self.affine("w", jnp.sin(x), 24, (None, None))
+
+    def loss(params, x):
+        return jnp.sin(Affine().apply({"params": params}, x)).sum()
+
+    x = jnp.ones((4, 16, 8))
+    made = nn.unbox(Affine().init(jax.random.key(0), x)["params"])
+    program = jax.jit(jax.grad(loss)).lower(made, x).compile().as_text()
+    assert " dot(" in program
+    assert " transpose(" not in program
+    assert " copy(" not in program
 
 
 def test_refusals(network, params, inputs):
