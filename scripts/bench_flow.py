@@ -1,6 +1,6 @@
 """Latent flow matching and the methods that make it fast, trained and measured side by side on data that ships here.
 
-    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: 5 to 6 minutes on two cores
+    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: five minutes on two cores
     python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: an hour on two cores
     python scripts/bench_flow.py --methods "flow matching,meanflow" --no-peers
 

@@ -191,22 +191,24 @@ def sample(
     def segment(x, item):
         block, k = item
         start, end = jnp.full((rows,), k / m), jnp.full((rows,), (k + 1) / m)
-        first = parts.features(params, twice(x), twice(start), cond)
         width = 1 / (m * steps)
-        x = (x + width * velocity(block, x, start, first)).astype(x.dtype)
+        features = lambda x, t: parts.features(params, twice(x), twice(t), cond)  # noqa: E731
+        advance = lambda x, t, h: (x + width * velocity(block, x, t, h)).astype(x.dtype)  # noqa: E731
 
-        def step(x, i):
+        def whole(x, i):
             t = start + i * width
-            if approximated:
-                r = parts.residual(params, twice(x), twice(t), cond)
-                h = approximate(first, r, twice(t), twice(start), twice(end))
-            else:
-                h = parts.features(params, twice(x), twice(t), cond)
-            return (x + width * velocity(block, x, t, h)).astype(x.dtype), None
+            return advance(x, t, features(x, t)), None
 
-        if steps > 1:
-            x, _ = jax.lax.scan(step, x, jnp.arange(1, steps, dtype=jnp.float32))
-        return x, None
+        if not approximated or steps == 1:
+            return jax.lax.scan(whole, x, jnp.arange(steps, dtype=jnp.float32))
+        first = features(x, start)
+
+        def near(x, i):
+            t = start + i * width
+            r = parts.residual(params, twice(x), twice(t), cond)
+            return advance(x, t, approximate(first, r, twice(t), twice(start), twice(end))), None
+
+        return jax.lax.scan(near, advance(x, start, first), jnp.arange(1, steps, dtype=jnp.float32))
 
     x, _ = jax.lax.scan(segment, x, (params["blocks"], jnp.arange(m, dtype=jnp.float32)))
     return Solution(x)
