@@ -13,54 +13,11 @@ from hypothesis import strategies as st
 from jaxinfer.pallas_kernels._core import targets
 from jaxinfer.pallas_kernels._core.errors import ArgumentError, UnsupportedError
 from jaxinfer.pallas_kernels.matmul import arg_specs, elements
-from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul, quantize_rows
 from jaxinfer.pallas_kernels.matmul.lowbit import digits, gpu, lowbit_matmul, lowbit_matmul_across
-from jaxinfer.pallas_kernels.matmul.sums8 import FITTING
-from jaxinfer.pallas_kernels.matmul.weight import LowBit, contradiction, dequantize, make
+from jaxinfer.pallas_kernels.matmul.weight import LowBit, contradiction, dequantize
 from tests import kernel_checks as checks
 from tests.kernel_checks import assert_close, normal
-
-N, K = 48, 64
-
-
-def random_weight(element, groups, *, zeros=False, n=N, k=K, scales="float32", rows=1, seed=0):
-    """Random codes, scales and zeros of a format, and the dense weight written out in numpy."""
-    random, kind = np.random.default_rng(seed), elements.ELEMENTS[element]
-    fields = random.integers(0, 2**kind.bits, (n, k)).astype(np.uint8)
-    table = elements.table(kind)
-    fields[~np.isfinite(table[fields])] = 0
-    stored = jnp.asarray(fields)
-    if kind.bits == 8:
-        stored = jax.lax.bitcast_convert_type(stored, jnp.dtype(kind.stored))
-    s = random.uniform(0.5, 1.5, (n // rows, groups)).astype(np.float32)
-    factor = None
-    if scales == "uint8":
-        stored_s, s = jnp.asarray(127 + np.round(s), jnp.uint8), 2.0 ** np.round(s)
-    else:
-        stored_s = jnp.asarray(s).astype(scales)
-        s = np.float32(stored_s)
-    if scales == "float8_e4m3fn":
-        factor, s = jnp.full((1, 1), 0.25), s * 0.25
-    z = random.integers(-3, 4, (n, groups)) if zeros else np.zeros((n, groups), int)
-    dense = (table[fields].reshape(n, groups, -1) - z[..., None]) * np.repeat(s, rows, 0)[..., None]
-    w = make(stored, stored_s, element, zeros=jnp.asarray(z, jnp.int8) if zeros else None, factor=factor)
-    return w, dense.reshape(n, k).astype(np.float32)
-
-
-FORMATS = {
-    "int8": ("int8", 1, {}),
-    "int8 groups": ("int8", 4, {"zeros": True}),
-    "int4": ("int4", 1, {}),
-    "int4 groups": ("int4", 4, {"zeros": True, "scales": "bfloat16"}),
-    "int3": ("int3", 1, {"zeros": True}),
-    "int3 groups": ("int3", 4, {}),
-    "int2 groups": ("int2", 2, {"zeros": True}),
-    "mxfp4": ("e2m1", 2, {"scales": "uint8"}),
-    "nvfp4": ("e2m1", 4, {"scales": "float8_e4m3fn"}),
-    "fp6": ("e3m2", 1, {"scales": "float16"}),
-    "fp8 blocks": ("e4m3", 2, {"rows": 16}),
-    "e5m2": ("e5m2", 1, {}),
-}
+from tests.lowbit_weights import FORMATS, K, N, assert_no_dense_copy, random_weight
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -118,29 +75,6 @@ def test_blocks_are_the_reference_for_every_shape(element, m, n, groups, each, b
     x = normal(m, (m, groups * each))[0]
     y = jax.jit(functools.partial(lowbit_matmul, block=block, impl="blocked"))(x, w)
     assert_close(y, x @ dense.T)
-
-
-INTEGER_CASES = [(name, False) for name, (element, *_) in FORMATS.items() if element in FITTING]
-INTEGER_CASES += [("int8 groups", True), ("int4 groups", True)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name,per_group", INTEGER_CASES)
-def test_integer_products_are_exact_for_the_rounded_activations(name, per_group):
-    element, groups, options = FORMATS[name]
-    w, dense = random_weight(element, groups, **options)
-    x = normal(1, (1 if name == "int8" else 3, K))[0]
-
-    @jax.jit
-    def run(x, w):
-        return (
-            *(int8_matmul(x, w, per_group=per_group), int8_matmul(x, w, per_group=per_group, impl="ref")),
-            *quantize_rows(x, groups if per_group else 1),
-        )
-
-    y, naive, codes, scales = run(x, w)
-    rounded = np.float32(codes).reshape(len(x), scales.shape[1], -1) * np.asarray(scales)[..., None]
-    assert_close((y, naive), (rounded.reshape(-1, K) @ dense.T,) * 2)
 
 
 # One of each way through the TPU kernel: one group, several in a tile, a group over tiles, two planes, floats.
@@ -256,21 +190,14 @@ def test_a_wrong_bit_layout_is_caught():
 def test_rows_of_nan_and_zero_stay_alone():
     w, dense = random_weight("int4", 4)
     x = normal(1, (4, K))[0].at[1].set(jnp.nan).at[2].set(0.0)
-    for product in (lowbit_matmul, int8_matmul):
-        y = np.asarray(jax.jit(product)(x, w))
-        assert np.isnan(y[1]).all() and not y[2].any() and np.isfinite(y[[0, 3]]).all()
+    y = np.asarray(jax.jit(lowbit_matmul)(x, w))
+    assert np.isnan(y[1]).all() and not y[2].any() and np.isfinite(y[[0, 3]]).all()
 
 
-@pytest.mark.parametrize("op", [lowbit_matmul, int8_matmul])
-def test_no_dense_copy_of_the_weight_is_made(op):
+def test_no_dense_copy_of_the_weight_is_made():
     """Temporary memory of the compiled product is far below the weight in floats, and for 4 bits below it in bytes."""
-    n = k = 2048
     for element, groups in (("int8", 1), ("int4", 16)):
-        w, _ = random_weight(element, groups, n=8, k=k)
-        spread = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0] * n // 8, a.shape[1]), a.dtype), w)
-        x = jax.ShapeDtypeStruct((8, k), jnp.float32)
-        temp = jax.jit(op).lower(x, spread).compile().memory_analysis().temp_size_in_bytes
-        assert temp < n * k * 4 / 2.5, f"{op.__name__} {element}: {temp} bytes"
+        assert_no_dense_copy(lowbit_matmul, element, groups)
 
 
 def bad(**changes):
@@ -308,8 +235,6 @@ def test_bad_options_are_refused_by_name():
         lowbit_matmul(x, w, block=0)
     with pytest.raises(ArgumentError, match="x: got int32"):
         lowbit_matmul(x.astype(jnp.int32), w)
-    with pytest.raises(ArgumentError, match="element: got 'e4m3'"):
-        int8_matmul(x, random_weight("e4m3", 1)[0])
     with pytest.raises(ArgumentError, match="y: got"):
         lowbit_matmul_across(x, w)
     assert isinstance(w, LowBit)

@@ -89,7 +89,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="fp8",
         family="weights",
-        title="float8 (e4m3, e5m2) with a scale a block of rows and inputs",
+        title="float8 (e4m3, e5m2), a scale a block of rows and inputs; with float8 activations where asked",
         guarantee="approximate",
         entry="jaxinfer.quant.floats:Fp8",
         paper=Paper("Micikevicius et al.", 2022, "2209.05433"),

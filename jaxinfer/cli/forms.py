@@ -16,7 +16,7 @@ KERNELS = {
     "gated linear attention": "linear.gla.api:FORWARD",
     "dense product": "matmul.dense.api:FORMS",
     "low-bit product": "matmul.lowbit.api:FORMS",
-    "int8 product": "matmul.int8acts.api:FORMS",
+    "8-bit product": "matmul.acts8.api:FORMS",
     "softmax": "softmax.api:FORWARD",
     "fft convolution": "fftconv.api:FORWARD",
 }

@@ -8,9 +8,9 @@
 - `Fp6`: e3m2 with one scale per output channel, stored as a plane of four bits and a plane of two.
 
 Guarantee: approximate. State: none.
-Sources: Micikevicius et al. 2022, FP8 formats for deep learning, 2209.05433; Rouhani et al. 2023, Microscaling data
-formats, 2310.10537; Egiazarian et al. 2025, 2509.23202 (MXFP4 and NVFP4 for weights; NVFP4 is NVIDIA's); Wu et al.
-2023, ZeroQuant(4+2), 2312.08583.
+Sources: Micikevicius et al. 2022, FP8 formats for deep learning, 2209.05433; DeepSeek-AI 2024, DeepSeek-V3, 2412.19437
+(float8 activations, a scale a group); Rouhani et al. 2023, Microscaling data formats, 2310.10537; Egiazarian et al.
+2025, 2509.23202 (MXFP4 and NVFP4 for weights; NVFP4 is NVIDIA's); Wu et al. 2023, ZeroQuant(4+2), 2312.08583.
 Departures: MXFP4's byte 0 stands for 2**-126 and not 2**-127, which CPUs flush to zero; FP6 scales are float32 unless
 asked otherwise.
 
@@ -29,7 +29,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS, float8, nearest
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, make
 from jaxinfer.quant.integers import nonzero
-from jaxinfer.quant.quantized import FLOATS, RowSpec, check_group, groups_of
+from jaxinfer.quant.quantized import FLOAT8_ACTIVATIONS, FLOATS, RowSpec, check_activations, check_group, groups_of
 
 RULES = ("ocp", "nearest", "ceil")
 
@@ -38,17 +38,21 @@ RULES = ("ocp", "nearest", "ceil")
 class Fp8(RowSpec):
     """float8 weights. `element`: "e4m3" or "e5m2". A scale serves `group` inputs (None: all) by `rows` outputs.
 
-    Where `rows` does not divide the outputs, it is their greatest common divisor instead.
+    Where `rows` does not divide the outputs, it is their greatest common divisor instead. `activations`: "float"; or
+    "float8" to round each row of the other operand to e4m3 as well; or "float8-group" to give each group of such a row
+    its own scale (DeepSeek-V3's recipe, with the default blocks).
     """
 
     element: str = "e4m3"
     group: int | None = 128
     rows: int = 128
     scales: str = "float32"
+    activations: str = "float"
 
     def __post_init__(self):
         super().__post_init__()
         check_group("Fp8", self.group)
+        check_activations("Fp8", self.activations, FLOAT8_ACTIVATIONS)
         check_group("Fp8: rows", self.rows, optional=False)
         if self.element not in ("e4m3", "e5m2"):
             raise ConfigError(f"Fp8: element must be e4m3 or e5m2, got {self.element!r}")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxinfer.errors import ConfigError
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS, nearest
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, make
-from jaxinfer.quant.quantized import ACTIVATIONS, FLOATS, RowSpec, check_group, groups_of
+from jaxinfer.quant.quantized import FLOATS, INT8_ACTIVATIONS, RowSpec, check_activations, check_group, groups_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,7 @@ class Integers(RowSpec):
         check_group(name, self.group)
         if self.scales not in FLOATS:
             raise ConfigError(f"{name}: scales must be one of {', '.join(FLOATS)}, got {self.scales!r}")
-        if self.activations not in ACTIVATIONS:
-            raise ConfigError(f"{name}: activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
+        check_activations(name, self.activations, INT8_ACTIVATIONS)
 
     def encode(self, rows: jax.Array) -> LowBit:
         """`rows f32[..., N, K]` as codes, scales and zeros."""

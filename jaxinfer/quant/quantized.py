@@ -21,13 +21,14 @@ from jax.core import Tracer
 from jaxinfer import ops
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.pallas_kernels._core.packing import refuses
+from jaxinfer.pallas_kernels.matmul.acts8 import float8_matmul, int8_matmul
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS
-from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul
 from jaxinfer.pallas_kernels.matmul.lowbit import lowbit_matmul, lowbit_matmul_across
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, contradiction, dequantize
 
 FLOATS = ("float32", "bfloat16", "float16")
-ACTIVATIONS = ("float", "int8", "int8-group")
+INT8_ACTIVATIONS = ("float", "int8", "int8-group")
+FLOAT8_ACTIVATIONS = ("float", "float8", "float8-group")
 FEW_PAIRS = 64  # with at most so many token-expert pairs, experts are multiplied one by one and idle ones not at all
 
 
@@ -39,8 +40,8 @@ class QuantizedArray:
     `[..., N, K]`. Stored are `codes [..., N, K * bits / 8]`, `scales [..., N, G]` for G groups along K (`[..., N/r, G]`
     where r rows share one), and where the format has them `zeros i8[..., N, G]`, a second plane of codes `high`, and
     `factor f32[..., 1, 1]`. `element` says what a code is; `activations`, what products make of x: "float" leaves it,
-    "int8" rounds each row to int8, "int8-group" each group of a row. Shapes come from the arrays, so leading axes may
-    be scanned or mapped away.
+    "int8" rounds each row to int8, "int8-group" each group of a row; for float8 codes they are "float8" and
+    "float8-group", which round to e4m3. Shapes come from the arrays, so leading axes may be scanned or mapped away.
     """
 
     codes: jax.Array
@@ -110,8 +111,10 @@ class QuantizedArray:
             raise InputError(f"input axis must be -1 or -2, got axis {self.axis}")
         if self.logical_dtype not in FLOATS:
             raise InputError(f"logical_dtype must be one of {', '.join(FLOATS)}, got {self.logical_dtype!r}")
-        if self.activations not in ACTIVATIONS:
-            raise InputError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
+        accepted = FLOAT8_ACTIVATIONS if ELEMENTS[self.element].kind == "float8" else INT8_ACTIVATIONS
+        if self.activations not in accepted:
+            names = ", ".join(accepted)
+            raise InputError(f"activations of {self.element} must be one of {names}, got {self.activations!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +178,12 @@ def check_group(name: str, group: Any, *, optional: bool = True) -> None:
         raise ConfigError(f"{name}: group must be {'None or ' * optional}a positive integer, got {group!r}")
 
 
+def check_activations(name: str, activations: str, accepted: tuple[str, ...]) -> None:
+    """ConfigError for a way of rounding activations that the format has not."""
+    if activations not in accepted:
+        raise ConfigError(f"{name}: activations must be one of {', '.join(accepted)}, got {activations!r}")
+
+
 def is_finite(scales: jax.Array) -> bool:
     """Whether all scales are finite, as far as can be seen: exponents (uint8) are unless they are 255, tracers pass."""
     if isinstance(scales, Tracer):
@@ -200,7 +209,8 @@ def _product(x: jax.Array, w: QuantizedArray, contract: int) -> jax.Array:
     if contract != w.axis:
         y = lowbit_matmul_across(flat, w.rows)
     elif w.activations != "float":
-        y = int8_matmul(flat, w.rows, per_group=w.activations == "int8-group")
+        product = int8_matmul if w.activations in INT8_ACTIVATIONS else float8_matmul
+        y = product(flat, w.rows, per_group=w.activations.endswith("-group"))
     else:
         y = lowbit_matmul(flat, w.rows)
     return y.reshape(*lead, y.shape[-1])

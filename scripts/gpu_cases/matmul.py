@@ -1,7 +1,9 @@
-"""Weight-only products on the GPU: every format at 1, 16, 64 and 512 rows, and what the same product costs dense."""
+"""Products with low-bit weights on the GPU at 1, 16, 64 and 512 rows, beside what the same product costs dense: every
+format weight-only, and activations rounded to 8 bits."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_bench.matmul import weight
 
+from jaxinfer.pallas_kernels.matmul.acts8 import float8_matmul, int8_matmul, quantize_rows
 from jaxinfer.pallas_kernels.matmul.arg_specs import FORMATS
 from jaxinfer.pallas_kernels.matmul.lowbit import lowbit_matmul
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, dequantize
@@ -18,13 +21,17 @@ from .case import GpuCase
 
 SIZE = 8192  # of int4, 35 MB: beyond what stays in the cache from call to call
 ROWS = (1, 16, 64, 512)
+ROUNDED = {"int8 group=128": (int8_matmul, "int8"), "fp8 128x128": (float8_matmul, "e4m3")}
 
 
 def cases(seed: int) -> Iterator[GpuCase]:
-    """`xla` of a weight-only case is the bfloat16 product that it replaces: cuBLAS."""
+    """`xla` of each case is the bfloat16 product that it replaces: cuBLAS."""
     for i, name in enumerate(FORMATS):
         for m in ROWS:
             yield weight_only(seed + i, name, m, SIZE)
+    for name in ROUNDED:
+        for m in ROWS:
+            yield rounded(seed, name, m, SIZE)
 
 
 def weight_only(seed: int, name: str, m: int, size: int) -> GpuCase:
@@ -52,4 +59,23 @@ def weight_only(seed: int, name: str, m: int, size: int) -> GpuCase:
         tolerance=1e-2,
         flops=2.0 * m * size * size,
         bytes=float(sum(a.nbytes for a in jax.tree.leaves(w)) + 2 * 2 * m * size),
+    )
+
+
+def rounded(seed: int, name: str, m: int, size: int) -> GpuCase:
+    """The same with x rounded to 8 bits, a scale a group; the oracle's x is rounded too."""
+    (product, element), plain = ROUNDED[name], weight_only(seed, name, m, size)
+    x, w, _ = plain.arguments
+
+    def oracle() -> Any:
+        codes, scales = quantize_rows(x, w.groups, element)
+        values = np.asarray(codes.astype(jnp.float32), np.float64).reshape(m, w.groups, -1)
+        values = values * np.asarray(scales, np.float64)[..., None]
+        return values.reshape(m, size) @ np.asarray(dequantize(w), np.float64).T
+
+    return dataclasses.replace(
+        plain,
+        name=f"{product.__name__} {name} {m}x{size}x{size} bfloat16 beside cuBLAS",
+        ours=lambda x, w, wide: product(x, w, per_group=True, impl="gpu"),
+        oracle=oracle,
     )

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.pallas_kernels.matmul.acts8 import int8_matmul
 from jaxinfer.pallas_kernels.matmul.arg_specs import FORMATS
 from jaxinfer.pallas_kernels.matmul.dense import dense as few_rows
 from jaxinfer.pallas_kernels.matmul.dense import dense_transposed
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS
-from jaxinfer.pallas_kernels.matmul.int8acts import int8_matmul
 from jaxinfer.pallas_kernels.matmul.lowbit import lowbit_matmul
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, make
 

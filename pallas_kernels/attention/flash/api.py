@@ -122,6 +122,7 @@ def _ref_backward(call: Call, q, k, v, q_lengths, kv_lengths, slopes, out, lse, 
 
 # On a TPU jax's kernel comes first where it serves: models are trained with it, and ours have not run on one. Backward
 # ours come first: they start from the results that are there, and splash attention runs forward again for its own.
+# tokamax is not among them: its public function gives no log-sum-exp.
 FORWARD = (
     Form("splash", splash.forward, platform="tpu", refuses=splash.refuses),
     Form("tpu", tpu.forward, platform="tpu", refuses=tpu.refuses),

@@ -12,19 +12,17 @@ Stability: experimental.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxinfer.pallas_kernels._core import check
-from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.linear import arguments
-from jaxinfer.pallas_kernels.linear import gpu as shared_gpu
-from jaxinfer.pallas_kernels.linear import tpu as shared_tpu
 from jaxinfer.pallas_kernels.linear.arguments import Call
+from jaxinfer.pallas_kernels.linear.forms import differentiable, forms
 from jaxinfer.pallas_kernels.linear.gla import blocked, gpu, ref, tpu
 
 Array = jax.Array
@@ -88,48 +86,11 @@ def _check_gate(op: str, log_gate: Array, pattern: str, q: Array) -> None:
         raise argument_error(op, "log_gate", float(log_gate.max()), "logarithms of decays, at most 0")
 
 
-FORWARD = (
-    Form(
-        "gpu",
-        lambda call, *x: gpu.forward(*x, scale=call.scale, interpret=call.interpret),
-        platform="cuda",
-        refuses=shared_gpu.refuses,
-    ),
-    Form("tpu", lambda call, *x: tpu.forward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
-    Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
-    Form("ref", lambda call, *x: ref.recurrent(*x, scale=call.scale), automatic=False),
-)
-
-
-def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _ref_backward(*arrays: Array, scale: float) -> tuple[Array, ...]:
     *primals, d_out, d_state = arrays
-    return jax.vjp(functools.partial(ref.recurrent, scale=call.scale), *primals)[1]((d_out, d_state))
+    return jax.vjp(functools.partial(ref.recurrent, scale=scale), *primals)[1]((d_out, d_state))
 
 
-BACKWARD = (
-    Form(
-        "gpu",
-        lambda call, *x: gpu.backward(*x, scale=call.scale, interpret=call.interpret),
-        platform="cuda",
-        refuses=shared_gpu.refuses,
-    ),
-    Form("tpu", lambda call, *x: tpu.backward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
-    Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),
-    Form("ref", _ref_backward, automatic=False),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gla(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
-    return dispatch(OP, FORWARD, call, *arrays, impl=impl)
-
-
-def _save(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
-    return _gla(call, impl, arrays), arrays
-
-
-def _grads(call: Call, impl: str | None, arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
-    return (tuple(dispatch(f"{OP} backward", BACKWARD, call, *arrays, *cotangents, impl=impl)),)
-
-
-_gla.defvjp(_save, _grads)
+FORWARD = forms(gpu=gpu.forward, tpu=tpu.forward, blocked=blocked.forward, ref=ref.recurrent)
+BACKWARD = forms(gpu=gpu.backward, tpu=tpu.backward, blocked=blocked.backward, ref=_ref_backward)
+_gla = differentiable(OP, FORWARD, BACKWARD)

@@ -12,8 +12,7 @@ Stability: experimental.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,10 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxinfer.pallas_kernels._core import check
-from jaxinfer.pallas_kernels._core.dispatch import Form, dispatch
 from jaxinfer.pallas_kernels._core.errors import argument_error
 from jaxinfer.pallas_kernels.linear import arguments
-from jaxinfer.pallas_kernels.linear import gpu as shared_gpu
-from jaxinfer.pallas_kernels.linear import tpu as shared_tpu
 from jaxinfer.pallas_kernels.linear.arguments import Call
+from jaxinfer.pallas_kernels.linear.forms import differentiable, forms
 from jaxinfer.pallas_kernels.linear.lightning import blocked, gpu, ref, tpu
 
 Array = jax.Array
@@ -91,53 +88,20 @@ def _check_decay(op: str, log_decay: Array, heads: int) -> None:
         raise argument_error(op, "log_decay", np.asarray(log_decay).max(), "logarithms of decays, at most 0")
 
 
-FORWARD = (
-    Form(
-        "gpu",
-        lambda call, *x: gpu.forward(*x, scale=call.scale, interpret=call.interpret),
-        platform="cuda",
-        refuses=shared_gpu.refuses,
-    ),
-    Form("tpu", lambda call, *x: tpu.forward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
-    Form("blocked", lambda call, *x: blocked.forward(*x, scale=call.scale, block=call.block)),
-    Form("ref", lambda call, *x: ref.recurrent(*x, scale=call.scale), automatic=False),
-)
-
-
-def _ref_backward(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _ref_backward(*arrays: Array, scale: float) -> tuple[Array, ...]:
     q, k, v, log_decay, lengths, state, *cotangents = arrays
 
     def run(q: Array, k: Array, v: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
-        return ref.recurrent(q, k, v, log_decay, lengths, state, scale=call.scale)
+        return ref.recurrent(q, k, v, log_decay, lengths, state, scale=scale)
 
     return jax.vjp(run, q, k, v, log_decay, state)[1](tuple(cotangents))
 
 
-BACKWARD = (
-    Form(
-        "gpu",
-        lambda call, *x: gpu.backward(*x, scale=call.scale, interpret=call.interpret),
-        platform="cuda",
-        refuses=shared_gpu.refuses,
-    ),
-    Form("tpu", lambda call, *x: tpu.backward(*x, **call.options), platform="tpu", refuses=shared_tpu.refuses),
-    Form("blocked", lambda call, *x: blocked.backward(*x, scale=call.scale, block=call.block)),
-    Form("ref", _ref_backward, automatic=False),
-)
+def _none_for_lengths(found: tuple[Array, ...]) -> tuple[Array | None, ...]:
+    *gradients, d_state = found
+    return (*gradients, None, d_state)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lightning(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
-    return dispatch(OP, FORWARD, call, *arrays, impl=impl)
-
-
-def _save(call: Call, impl: str | None, arrays: tuple[Array, ...]) -> Any:
-    return _lightning(call, impl, arrays), arrays
-
-
-def _grads(call: Call, impl: str | None, arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
-    dq, dk, dv, d_decay, d_state = dispatch(f"{OP} backward", BACKWARD, call, *arrays, *cotangents, impl=impl)
-    return ((dq, dk, dv, d_decay, None, d_state),)
-
-
-_lightning.defvjp(_save, _grads)
+FORWARD = forms(gpu=gpu.forward, tpu=tpu.forward, blocked=blocked.forward, ref=ref.recurrent)
+BACKWARD = forms(gpu=gpu.backward, tpu=tpu.backward, blocked=blocked.backward, ref=_ref_backward)
+_lightning = differentiable(OP, FORWARD, BACKWARD, _none_for_lengths)
