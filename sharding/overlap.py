@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfer import cache as kv
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.decoder import Output
-from jaxinfer.models.step import Step
+from jaxinfer.models.step import Step, WrappedStep
 from jaxinfer.ops import weights
 from jaxinfer.sharding.rules import TENSOR, AxisRules
 
@@ -182,7 +182,7 @@ weights.register(Ring, weights.Rules(lambda w: weights.materialize(w.weight), _d
 
 
 @dataclasses.dataclass(frozen=True)
-class OverlappedStep:
+class OverlappedStep(WrappedStep):
     """A `Step` whose tensor-parallel layers are collective matmuls over mesh axis `axis`, for any loop that takes one.
 
     Params are placed by `rules.TENSOR` (`shardings(step, mesh, TENSOR)`). Tokens are split over the axis between the
@@ -212,25 +212,6 @@ class OverlappedStep:
     def parts(self) -> int:
         """Devices of the axis."""
         return self.mesh.shape[self.axis]
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self.step.config
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head."""
-        return self.step.vocab_size
-
-    @property
-    def eos(self) -> tuple[int, ...]:
-        """Token ids that end an output."""
-        return self.step.eos
-
-    def new_cache(self, batch: int, capacity: int) -> kv.Cache:
-        """An empty cache of the whole model; its heads are split as the step runs."""
-        return self.step.new_cache(batch, capacity)
 
     def __call__(
         self, params, inputs, positions, cache=None, block=None, at: jax.Array | int = 0, mask=None, *, taps=()

@@ -30,6 +30,7 @@ from jaxinfer import cache as kv
 from jaxinfer import quant
 from jaxinfer.errors import ConfigError, InputError
 from jaxinfer.models.decoder import Attention, Experts, Mlp
+from jaxinfer.models.step import WrappedStep
 from jaxinfer.sharding import experts as expert_parallel
 from jaxinfer.sharding import rules as tables
 from jaxinfer.sharding.mesh import AXES, check, describe
@@ -107,7 +108,7 @@ def state_axes(spec: Any, state: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sharded:
+class Sharded(WrappedStep):
     """`step` (a `jaxinfer.models.Step`) kept to `rules` on `mesh`: hashable, the static argument of any loop.
 
     Rows must be a multiple of what splits them (InputError); tokens of a call that their axes do not divide stay whole.
@@ -120,12 +121,7 @@ class Sharded:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "step":
             raise AttributeError(name)
-        return getattr(self.step, name)  # config, dtype, eos, cache, abstract, init: the plain step's
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head."""
-        return self.step.vocab_size
+        return getattr(self.step, name)  # cache, abstract, init: the plain step's
 
     def shardings(self, params: Any = None) -> Any:
         """NamedShardings of the params (`rules.shardings`)."""
@@ -158,10 +154,6 @@ class Sharded:
         logits = self.step.head(params, self.split(hidden, INSIDE) if hidden.ndim == 3 else hidden)
         axes = {2: ("batch", "vocab"), 3: ("batch", "context", "vocab")}.get(logits.ndim)
         return logits if axes is None else self.split(logits, axes)
-
-    def embed(self, params, ids: jax.Array) -> jax.Array:
-        """As `models.Step.embed`."""
-        return self.step.embed(params, ids)
 
     def new_cache(self, batch: int, capacity: int) -> kv.Cache:
         """An empty cache, split by rows and heads, and by slots where a context axis is there."""

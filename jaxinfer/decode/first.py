@@ -39,7 +39,7 @@ from jaxinfer.cache.base import Block, SpecBase, View
 from jaxinfer.checkpoint.safetensors_io import open_weights
 from jaxinfer.checkpoint.safetensors_save import Entry, write_file
 from jaxinfer.errors import CheckpointError, ConfigError, InputError
-from jaxinfer.models import ModelConfig, Output, Step
+from jaxinfer.models import ModelConfig, Output, Step, WrappedStep
 from jaxinfer.models.adapters import holds_adapter, load_adapter
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.models.heads.files import embedding_digest
@@ -101,7 +101,7 @@ class Gated(SpecBase):
 
 
 @dataclasses.dataclass(frozen=True)
-class First:
+class First(WrappedStep):
     """`step` with routers: a Step for every loop, its params with `first` among them (`open_routers` to begin with).
 
     `window`: how many of a prompt's tokens the routers read (None, as the paper: all). Without a cache every layer
@@ -114,34 +114,6 @@ class First:
     def __post_init__(self):
         if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise ConfigError(f"window: got {self.window!r}, accepts None or a whole number of 1 or more")
-
-    @property
-    def config(self) -> ModelConfig:
-        """The base model's."""
-        return self.step.config
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head."""
-        return self.step.vocab_size
-
-    @property
-    def eos(self) -> tuple[int, ...]:
-        """Token ids that end an output."""
-        return self.step.eos
-
-    @property
-    def dtype(self) -> str:
-        """Of the caches."""
-        return self.step.dtype
-
-    def embed(self, params, ids: jax.Array) -> jax.Array:
-        """As the base model."""
-        return self.step.embed(params, ids)
-
-    def head(self, params, hidden: jax.Array) -> jax.Array:
-        """As the base model."""
-        return self.step.head(params, hidden)
 
     def new_cache(self, batch: int, capacity: int) -> kv.Cache:
         """The base model's cache, with room for the rows' decisions; until `read_prompt` every layer runs."""

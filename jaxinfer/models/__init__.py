@@ -6,6 +6,6 @@ Stability: experimental.
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Output
 from jaxinfer.models.families import FAMILIES, config_from_hf, config_to_hf
-from jaxinfer.models.step import AutoCache, Step
+from jaxinfer.models.step import AutoCache, Step, WrappedStep
 
-__all__ = ["FAMILIES", "AutoCache", "ModelConfig", "Output", "Step", "config_from_hf", "config_to_hf"]
+__all__ = ["FAMILIES", "AutoCache", "ModelConfig", "Output", "Step", "WrappedStep", "config_from_hf", "config_to_hf"]

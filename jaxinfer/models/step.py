@@ -113,3 +113,41 @@ class Step:
         """Random params: a nested dict of float32 arrays."""
         token = jnp.zeros((1, 1), jnp.int32)
         return nn.unbox(Decoder(self.config).init(key, token, token)["params"])
+
+
+class WrappedStep:
+    """Base of a frozen dataclass around another Step, its field `step`: what is not overridden is that step's."""
+
+    step: Any
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.step.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.step.vocab_size
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Token ids that end an output."""
+        return self.step.eos
+
+    @property
+    def dtype(self) -> str:
+        """Of the caches."""
+        return self.step.dtype
+
+    def embed(self, params, ids: jax.Array) -> jax.Array:
+        """As the step."""
+        return self.step.embed(params, ids)
+
+    def head(self, params, hidden: jax.Array) -> jax.Array:
+        """As the step."""
+        return self.step.head(params, hidden)
+
+    def new_cache(self, batch: int, capacity: int) -> kv.Cache:
+        """As the step."""
+        return self.step.new_cache(batch, capacity)
