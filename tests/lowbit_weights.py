@@ -56,5 +56,7 @@ def assert_no_dense_copy(op, element, groups):
     w, _ = random_weight(element, groups, n=8, k=k)
     spread = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0] * n // 8, a.shape[1]), a.dtype), w)
     x = jax.ShapeDtypeStruct((8, k), jnp.float32)
-    temp = jax.jit(op).lower(x, spread).compile().memory_analysis().temp_size_in_bytes
+    memory = jax.jit(op).lower(x, spread).compile().memory_analysis()
+    assert memory is not None
+    temp = memory.temp_size_in_bytes
     assert temp < n * k * 4 / 2.5, f"{op.__name__} {element}: {temp} bytes"

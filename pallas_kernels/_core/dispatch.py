@@ -11,6 +11,7 @@ Stability: internal.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -98,6 +99,12 @@ def mosaic_gpu_refuses() -> str | None:
     if jax_version() < (0, 11, 2):
         return f"Mosaic GPU kernels need jax 0.11.2 or newer, this is {jax.__version__}"
     return None
+
+
+def mosaic_gpu() -> Any:
+    """What builds Hopper kernels, imported where one is built: before jax 0.11 the import needs absl. Not typed, since
+    it differs between the versions of jax."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def _branch(form: Form, call: Any) -> Callable[..., Any]:

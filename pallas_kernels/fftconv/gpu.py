@@ -33,7 +33,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
 from jaxinfer.pallas_kernels.fftconv import monarch
 from jaxinfer.pallas_kernels.fftconv.blocked import kernel_gradient, size_of
 
@@ -146,7 +146,7 @@ def _filtered(call: Any, x: Array, spectrum: Array, sign: int) -> Array:
 
 
 def _call(call: Any, batch: int, tiles: int, walks: int) -> Any:
-    plgpu = _mosaic_gpu()
+    plgpu = mosaic_gpu()
 
     def kernel(*refs: Any, x_s: Any, xh_s: Any, z_s: Any, first_s: Any, last_s: Any, second_s: Any, came: Any,
                loaded: Any) -> None:  # fmt: skip
@@ -217,13 +217,6 @@ def _call(call: Any, batch: int, tiles: int, walks: int) -> Any:
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the order that TMA writes and wgmma reads."""
-    plgpu = _mosaic_gpu()
+    plgpu = mosaic_gpu()
     columns = 128 // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
-
-
-def _mosaic_gpu() -> Any:
-    """The module, imported where a kernel is built; untyped, since it differs between the versions of jax."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu

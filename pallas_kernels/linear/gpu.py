@@ -16,7 +16,6 @@ Stability: internal.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
 
 Array = jax.Array
 CHUNK = 64  # the rows of a warpgroup's wgmma
@@ -195,7 +194,7 @@ def _states_kernel(r: dict[str, Any], *, chunks: int, reverse: bool) -> None:
         plgpu.barrier_wait(r["here"].at[slot])
         if keep:
             emit(state, chunk(i), slot)
-        over = plgpu.load(r["over"].at[row, chunk(i)], layout=layout.reduce(1), optimized=False)  # pyright: ignore[reportCallIssue]  (jax 0.11's signature)
+        over = plgpu.load(r["over"].at[row, chunk(i)], layout=layout.reduce(1), optimized=False)
         added = product(r["write_s"].at[slot].transpose((1, 0)), r["value_s"].at[slot], state.shape)
         return state * lax.broadcast_in_dim(over, state.shape, [0]) + added
 
@@ -311,8 +310,3 @@ def whole(x: Array, like: Array) -> Array:
 def piece(x: Array, count: int, which: int) -> Array:
     """[R count, ...] -> what belongs to one of each row's pieces [R, ...]."""
     return x.reshape(-1, count, *x.shape[1:])[:, which]
-
-
-def mosaic_gpu() -> Any:
-    """The module that builds Hopper kernels, imported where it is used: before jax 0.11 the import needs absl."""
-    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")

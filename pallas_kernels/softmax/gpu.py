@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
 from jaxinfer.pallas_kernels.softmax.blocked import added, output
 from jaxinfer.pallas_kernels.softmax.pair import LIMIT, pair, power
 
@@ -184,13 +184,13 @@ def _parts(rows: int, length: int) -> tuple[int, int]:
 
 
 def _columns(width: int, each: int) -> Array:
-    plgpu = _mosaic_gpu()
+    plgpu = mosaic_gpu()
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=each)
     return plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
 
 
 def _kernel(kernel: Callable[..., None], like: Any, blocks: int, interpret: bool) -> Any:
-    plgpu = _mosaic_gpu()
+    plgpu = mosaic_gpu()
     return plgpu.kernel(
         kernel,
         out_type=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like),
@@ -199,10 +199,3 @@ def _kernel(kernel: Callable[..., None], like: Any, blocks: int, interpret: bool
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
-
-
-def _mosaic_gpu() -> Any:
-    """The module, imported where a kernel is built; untyped, since it differs between the versions of jax."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxinfer.pallas_kernels._core import tuning
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
 from jaxinfer.pallas_kernels.attention import io
 from jaxinfer.pallas_kernels.attention.block_sparse.call import Call
 from jaxinfer.pallas_kernels.attention.block_sparse.walk import NAMES, ROWS, STAGES, Walk
@@ -49,8 +49,7 @@ def refuses(call: Call) -> str | None:
 
 def forward(call: Call, q, k, v, indices, counts, turned, turned_counts, q_lengths, kv_lengths, slopes):
     """`(out[B, H, T, e], lse f32[B, H, T])`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     del turned, turned_counts
     flash = call.flash
     tile = tile_of(call)
@@ -83,8 +82,7 @@ def backward(
     call: Call, q, k, v, indices, counts, turned, turned_counts, q_lengths, kv_lengths, slopes, out, lse, dout, dlse
 ):
     """`(dq, dk, dv)`; weights are computed again, from the log-sum-exp."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     flash = call.flash
     rows = (dout.astype(v.dtype), *backward_rows(out, lse, dout, dlse))
     scalars = _scalars(call, q_lengths, kv_lengths, slopes)
@@ -136,8 +134,7 @@ def _scalars(call: Call, q_lengths, kv_lengths, slopes) -> tuple[jax.Array, ...]
 
 def _tile(rows: int, size: int, dtype: str, stages: int | None = None) -> Any:
     """Shared memory for tiles of 16-bit numbers, in the swizzled order that TMA writes and wgmma reads."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     shape = (rows, size) if stages is None else (stages, rows, size)
     return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=transforms)
@@ -147,8 +144,7 @@ class _Pair:
     """Scores of a tile: who sees whom. `turned`: keys run down, queries across."""
 
     def __init__(self, call: Call, scalars, batch, head, first_query, first_key, shape, turned: bool = False):
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
+        plgpu = mosaic_gpu()
         self.call, flash = call, call.flash
         q_lengths, kv_lengths, slopes = scalars
         self.q_length = q_lengths[batch] if flash.ragged else flash.queries
@@ -171,8 +167,7 @@ class _Pair:
 
 
 def _forward_kernel(walk: Walk, q, k, v, lists, counts, *refs, **buffers) -> None:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     call, tile = walk.call, walk.tile
     scalars, (out, lse) = refs[:3], refs[3:]
     q_s, k_s, v_s, lse_s, q_here, k_here, v_here = (
@@ -227,8 +222,7 @@ def _forward_kernel(walk: Walk, q, k, v, lists, counts, *refs, **buffers) -> Non
 
 
 def _queries_kernel(walk: Walk, q, k, v, dout, lse, delta, lists, counts, *refs, **buffers) -> None:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     call = walk.call
     scalars, (dq,) = refs[:3], refs[3:]
     q_s, dout_s, k_s, v_s, own_here, here = (buffers[name] for name in BUFFERS)
@@ -272,8 +266,7 @@ def _queries_kernel(walk: Walk, q, k, v, dout, lse, delta, lists, counts, *refs,
 
 
 def _keys_kernel(walk: Walk, q, k, v, dout, lse, delta, lists, counts, *refs, **buffers) -> None:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     call = walk.call
     scalars, (dk, dv) = refs[:3], refs[3:]
     k_s, v_s, q_s, dout_s, own_here, here = (buffers[name] for name in BUFFERS)
@@ -325,22 +318,20 @@ def _keys_kernel(walk: Walk, q, k, v, dout, lse, delta, lists, counts, *refs, **
 
 def _fetch_next(fetch: Callable[[Any], None], j, count) -> None:
     """Begin to fetch tile j, if there is one, into the place of tile j - STAGES."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     plgpu.commit_smem()  # one thread fetches: the warps must all be past their products of what it overwrites
     pl.when(j < count)(lambda: fetch(j))
 
 
 def _load(ref, layout) -> jax.Array:
     """Numbers from memory into registers, where each thread finds those of its own rows or columns."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]  (jax 0.11's signature)
+    plgpu = mosaic_gpu()
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _product(a, b, shape: tuple[int, int]) -> jax.Array:
     """The float32 product of two tiles in shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    plgpu = mosaic_gpu()
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -352,6 +343,5 @@ def _product(a, b, shape: tuple[int, int]) -> jax.Array:
 
 def _add_product(acc: jax.Array, a: jax.Array, b) -> Any:
     """`acc` and the product of a tile in registers with one in shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.WGMMAAccumulatorRef.init(acc))

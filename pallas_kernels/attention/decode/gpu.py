@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxinfer.pallas_kernels._core import tuning
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
 from jaxinfer.pallas_kernels.attention import io
 from jaxinfer.pallas_kernels.attention.decode.call import FLOOR, MASKED, Call, Store, normalize, visible
 from jaxinfer.pallas_kernels.attention.decode.codes import Codes, unpack
@@ -77,7 +77,7 @@ def attend(call: Call, q, k, v, lengths, positions, slopes) -> tuple[jax.Array, 
 
 def items(call: Call, queries: Queries, k, v, lengths, slopes) -> tuple[jax.Array, jax.Array]:
     """Attention of items, each over its row of the cache: `(out f32[N, G, M, d], lse f32[N, G, M])`."""
-    plgpu = _mosaic_gpu()
+    plgpu = mosaic_gpu()
     count, groups, rows, dim = queries.q.shape
     block = _block(call)
     begin, end = live_blocks(call, queries, lengths, block)
@@ -120,13 +120,6 @@ def items(call: Call, queries: Queries, k, v, lengths, slopes) -> tuple[jax.Arra
         merged = functools.partial(_merged_pieces, pieces=pieces, groups=groups)
     out, lse = normalize(*merged(State(peak, total, out), first, last))
     return out.reshape(count, groups, rows, dim), lse.reshape(count, groups, rows)
-
-
-def _mosaic_gpu() -> Any:
-    """The module, imported where a kernel is built; untyped, since it differs between the versions of jax."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu
 
 
 def _block(call: Call) -> int:
@@ -266,7 +259,7 @@ def _scratch(call: Call, block: int, plgpu) -> dict[str, Any]:
 
 
 def _kernel(call: Call, block: int, pieces: int, kept_rows: int, tables, operands, keys, values, out, peak, total, **s):
-    plgpu = _mosaic_gpu()
+    plgpu = mosaic_gpu()
     q_of, positions_of, slopes_of = operands
     stages = s["k"].shape[0]
     worker = lax.axis_index("worker")

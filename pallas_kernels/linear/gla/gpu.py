@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu
 from jaxinfer.pallas_kernels.linear import gpu
 from jaxinfer.pallas_kernels.linear.arguments import padded
 from jaxinfer.pallas_kernels.linear.gpu import CHUNK, LOG2_E, product, put, tile
@@ -86,7 +87,7 @@ def _inside(
     buffers = _buffers(q.dtype, size // 64) | {
         "q2_s": tile(q.dtype, CHUNK, 64),
         "k2_s": tile(q.dtype, CHUNK, 64),
-        "here": gpu.mosaic_gpu().Barrier(num_arrivals=size // 16),
+        "here": mosaic_gpu().Barrier(num_arrivals=size // 16),
     }
     found = gpu.run(
         functools.partial(_inside_kernel, scale=scale),
@@ -110,7 +111,7 @@ def _buffers(dtype: Any, tiles: int) -> dict[str, Any]:
 
 
 def _inside_kernel(r: dict[str, Any], *, scale: float) -> None:
-    plgpu = gpu.mosaic_gpu()
+    plgpu = mosaic_gpu()
     row, tokens = lax.axis_index("row"), pl.ds(lax.axis_index("chunk") * CHUNK, CHUNK)
     tiles = r["q_s"].shape[0]
     _fetch(r, {(name, t): pl.ds(t * 64, 64) for name in ("q", "k", "high", "low") for t in range(tiles)}, row, tokens)
@@ -160,7 +161,7 @@ def _grads(
         "level_s": tile(q.dtype, CHUNK, CHUNK),
         "decayed_s": tile(q.dtype, CHUNK, 64),
         "wide_s": tile("float32", CHUNK, 64),
-        "here": gpu.mosaic_gpu().Barrier(num_arrivals=8),
+        "here": mosaic_gpu().Barrier(num_arrivals=8),
     }
     found = gpu.run(
         functools.partial(_grads_kernel, scale=scale),
@@ -172,7 +173,7 @@ def _grads(
 
 
 def _grads_kernel(r: dict[str, Any], *, scale: float) -> None:
-    plgpu = gpu.mosaic_gpu()
+    plgpu = mosaic_gpu()
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     tokens, columns = pl.ds(chunk * CHUNK, CHUNK), pl.ds(lax.axis_index("channels") * 64, 64)
     for name in ("met", "d_met"):
@@ -210,7 +211,7 @@ def _masked(r: dict[str, Any], scores: Any, pairs: Array) -> Any:
 
 def _fetch(r: dict[str, Any], tiles: dict[tuple[str, int], Any], row: Any, tokens: Any) -> None:
     """Fetch (name, tile): columns, and wait for all that is on the way."""
-    plgpu = gpu.mosaic_gpu()
+    plgpu = mosaic_gpu()
     for (name, t), columns in tiles.items():
         plgpu.copy_gmem_to_smem(r[name].at[row, tokens, columns], r[f"{name}_s"].at[t], r["here"])
     plgpu.barrier_wait(r["here"])

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu
 from jaxinfer.pallas_kernels.linear import gpu
 from jaxinfer.pallas_kernels.linear.arguments import padded
 from jaxinfer.pallas_kernels.linear.gpu import CHUNK, LOG2_E, product, put, tile
@@ -45,8 +46,8 @@ def forward(
         "scores_s": tile(dtype, CHUNK, CHUNK),
         "out_s": tile(dtype, CHUNK, 64),
         "wide_s": tile("float32", keys, 64),  # the state, on its way in and out
-        "here": gpu.mosaic_gpu().Barrier(num_arrivals=3, num_barriers=2),
-        "loaded": gpu.mosaic_gpu().Barrier(),
+        "here": mosaic_gpu().Barrier(num_arrivals=3, num_barriers=2),
+        "loaded": mosaic_gpu().Barrier(),
     }
     found = gpu.run(
         functools.partial(_forward_kernel, chunks=length // CHUNK, scale=scale),
@@ -120,7 +121,7 @@ def _scores(slope: Array, x: Array, y: Array, *, scale: float, interpret: bool) 
         "x_s": tile(x.dtype, CHUNK, size),
         "y_s": tile(x.dtype, CHUNK, size),
         "out_s": tile(x.dtype, CHUNK, CHUNK),
-        "here": gpu.mosaic_gpu().Barrier(num_arrivals=2),
+        "here": mosaic_gpu().Barrier(num_arrivals=2),
     }
 
     def kernel(r: dict[str, Any]) -> None:
@@ -140,7 +141,7 @@ def _decayed(scores: Array, slope: Any, scale: float) -> Array:
 
 
 def _forward_kernel(r: dict[str, Any], *, chunks: int, scale: float) -> None:
-    plgpu = gpu.mosaic_gpu()
+    plgpu = mosaic_gpu()
     row, channels = lax.axis_index("row"), pl.ds(lax.axis_index("channels") * 64, 64)
     slope, length = r["slope"][row], r["length"][row]
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
-from jaxinfer.pallas_kernels.matmul.acts8.ref import dequantize_zeros, quantize_rows
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
+from jaxinfer.pallas_kernels.matmul.acts8.ref import quantize_rows, without_zeros
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS
 from jaxinfer.pallas_kernels.matmul.lowbit.gpu import BLOCKS, ROWS
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, float_scales
@@ -56,8 +56,7 @@ def product(call: Any, x: jax.Array, w: LowBit) -> jax.Array:
     of_rows = [jnp.pad(sx, ((0, more), (0, 0))).T] if call.per_group else []
     y = _kernel_call(call, w.codes, jnp.pad(xq, ((0, more), (0, 0))), [float_scales(w).T, *of_rows], rows)
     y = y.sum(0).T[: call.m]
-    y = y if call.per_group else y * sx
-    return (y if w.zeros is None else y - dequantize_zeros(w, xq, sx)).astype(x.dtype)
+    return without_zeros(y if call.per_group else y * sx, w, xq, sx).astype(x.dtype)
 
 
 def split(call: Any, rows: int, steps: int) -> int:
@@ -68,8 +67,8 @@ def split(call: Any, rows: int, steps: int) -> int:
 
 def _kernel_call(call: Any, codes: jax.Array, x: jax.Array, scales: list[jax.Array], rows: int) -> jax.Array:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    plgpu = mosaic_gpu()
     tile, m = tile_of(call), x.shape[0]
     steps = call.k // tile
     parts = split(call, rows, steps)
@@ -99,11 +98,11 @@ def _kernel_call(call: Any, codes: jax.Array, x: jax.Array, scales: list[jax.Arr
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
-            accumulator = plgpu.ACC((ROWS, rows), summed_as)  # pyright: ignore[reportPrivateImportUsage]
+            accumulator = plgpu.ACC((ROWS, rows), summed_as)
             sums = pl.run_scoped(multiplied, accumulator).astype(jnp.float32)
             for axis, side in enumerate(sides):  # the outputs' scales stand down the tile, the rows' across
                 along = plgpu.Layout.WGMMA.reduce(1 - axis)
-                column = plgpu.load(side, layout=along, optimized=False)  # pyright: ignore[reportCallIssue]
+                column = plgpu.load(side, layout=along, optimized=False)
                 sums = sums * lax.broadcast_in_dim(column, sums.shape, (axis,))
             return total + sums
 

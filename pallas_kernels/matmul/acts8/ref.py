@@ -26,10 +26,12 @@ def quantize_rows(x: jax.Array, groups: int = 1, element: str = "int8") -> tuple
     return nearest(inside, kind).reshape(x.shape), scales
 
 
-def dequantize_zeros(w: LowBit, xq: jax.Array, sx: jax.Array) -> jax.Array:
-    """What zero points take away, `f32[M, N]`: each group's sum of the rounded x by zero and scale."""
+def without_zeros(y: jax.Array, w: LowBit, xq: jax.Array, sx: jax.Array) -> jax.Array:
+    """`y f32[M, N]` less what zero points take away: each group's sum of the rounded x by zero and scale."""
+    if w.zeros is None:
+        return y
     sums = xq.astype(jnp.int32).reshape(xq.shape[0], w.groups, -1).sum(-1).astype(jnp.float32) * sx
-    return sums @ (float_scales(w) * w.zeros.astype(jnp.float32)).T
+    return y - sums @ (float_scales(w) * w.zeros.astype(jnp.float32)).T
 
 
 def rounded_ref(x: jax.Array, w: LowBit, activations: str, per_group: bool) -> jax.Array:

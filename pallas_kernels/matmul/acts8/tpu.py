@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.pallas_kernels._core import packing
-from jaxinfer.pallas_kernels.matmul.acts8.ref import dequantize_zeros, quantize_rows
+from jaxinfer.pallas_kernels.matmul.acts8.ref import quantize_rows, without_zeros
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS, value32
 from jaxinfer.pallas_kernels.matmul.lowbit.tpu import LANES, VMEM_BYTES, columns_of
 from jaxinfer.pallas_kernels.matmul.sums8 import BY_ROWS
@@ -82,8 +82,7 @@ def product(call: Any, x: jax.Array, w: LowBit) -> jax.Array:
         ),
         interpret=call.interpret,
     )(*arrays)[:m]
-    y = y if call.per_group else y * sx
-    return (y if w.zeros is None else y - dequantize_zeros(w, xq, sx)).astype(x.dtype)
+    return without_zeros(y if call.per_group else y * sx, w, xq, sx).astype(x.dtype)
 
 
 def _kernel(x_ref, codes_ref, scales_ref, *refs, element: str, of_group: int, here: int, steps: int):

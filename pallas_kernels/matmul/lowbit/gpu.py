@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.pallas_kernels._core import packing
-from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu_refuses
+from jaxinfer.pallas_kernels._core.dispatch import mosaic_gpu, mosaic_gpu_refuses
 from jaxinfer.pallas_kernels.matmul.elements import ELEMENTS, Element
 from jaxinfer.pallas_kernels.matmul.weight import LowBit, float_scales, of_piece, x_pieces
 
@@ -138,8 +138,8 @@ def decoded(codes: jax.Array, element: Element, sides: tuple[jax.Array, ...] = (
 
 def _kernel_call(call: Any, codes, x, scales, rows: int, tile: int, inside: int) -> jax.Array:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    plgpu = mosaic_gpu()
     element, planes, pieces = ELEMENTS[call.element], len(scales), x.shape[0]
     columns, m = x.shape[1:]
     steps = columns // tile
@@ -192,7 +192,7 @@ def _kernel_call(call: Any, codes, x, scales, rows: int, tile: int, inside: int)
         def scale_columns(refs):
             columns = []
             for ref in refs:
-                one = plgpu.load(ref, layout=by_row, optimized=False)  # pyright: ignore[reportCallIssue]
+                one = plgpu.load(ref, layout=by_row, optimized=False)
                 columns.append(lax.broadcast_in_dim(one.astype(jnp.bfloat16), (ROWS, tile), (0,)))
             at = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=plgpu.Layout.WGMMA)
             out = columns[0]
@@ -200,7 +200,7 @@ def _kernel_call(call: Any, codes, x, scales, rows: int, tile: int, inside: int)
                 out = jnp.where(at >= g * (tile // inside), columns[g], out)
             return out
 
-        accumulator = plgpu.ACC((ROWS, rows), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        accumulator = plgpu.ACC((ROWS, rows), jnp.float32)
         sums = pl.run_scoped(summed, accumulator)
         out_ref[part, pl.ds(n_at * ROWS, ROWS), pl.ds(m_at * rows, rows)] = sums
 
