@@ -1,6 +1,6 @@
 """Latent flow matching and the methods that make it fast, trained and measured side by side on data that ships here.
 
-    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed: five minutes on two cores
+    python scripts/bench_flow.py --quick      # 8x8 digits, flow of pixels, one seed, no peers: five minutes
     python scripts/bench_flow.py              # 32x32 glyphs, flow of latents: an hour on two cores
     python scripts/bench_flow.py --methods "flow matching,meanflow" --no-peers
 
@@ -139,7 +139,7 @@ def show(table: list[dict[str, Any]], floors: dict[str, Any], peers: list[dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="digits, one seed, few updates")
+    parser.add_argument("--quick", action="store_true", help="digits, one seed, few updates, no peers")
     parser.add_argument("--methods", help="names, by commas; default: all")
     parser.add_argument("--seeds", type=int, help="of the methods that have several")
     parser.add_argument("--no-peers", action="store_true")
@@ -175,7 +175,7 @@ def main() -> None:
             rows += kept(file, functools.partial(measure, bench, known[name], seed, flops))
             note(f"{name}, seed {seed}: done after {time.perf_counter() - started:.0f} s")
     peers = []
-    if not args.no_peers and peer.available():
+    if not (args.quick or args.no_peers) and peer.available():
         peers = kept(bench.folder / "rows" / "peers.json", functools.partial(peer.speed, bench))
         for seed in range(settings.seeds):
             peers += kept(bench.folder / "rows" / f"torchcfm-{seed}.json", functools.partial(peer.quality, bench, seed))

@@ -56,7 +56,7 @@ class Settings:
 
 
 QUICK = Settings(
-    "digits", steps=240, tune_steps=80, autoencoder_steps=0, classifier_steps=600, samples=360, seeds=1,
+    "digits", steps=300, tune_steps=100, autoencoder_steps=0, classifier_steps=600, samples=360, seeds=1,
     rounds=1, batch=64, hidden_size=64, num_layers=3,
 )  # fmt: skip
 FULL = Settings(
